@@ -1,0 +1,70 @@
+// float16 and bfloat16 as bit patterns, for host and device code that knows neither torch nor a vendor's types.
+#pragma once
+
+#include "stream.h"
+
+namespace ferret {
+
+enum class Dtype : int32_t { float32, bfloat16, float16, float64 };
+
+FERRET_HD constexpr int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+struct bfloat16_t {
+  uint16_t bits;
+};
+struct float16_t {
+  uint16_t bits;
+};
+
+FERRET_HD float to_float(bfloat16_t x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+
+FERRET_HD float to_float(float16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = x.bits & 0x7FFFu;
+  if (rest >= 0x7C00u) return bits_to_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
+  // The bits of a float16 read as a float32 are off by a factor of 2^112, for denormals too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+// Round to nearest even; what is too large becomes infinity, NaN stays NaN.
+FERRET_HD bfloat16_t to_bfloat16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+FERRET_HD float16_t to_float16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
+  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // >= 65520
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+    return {static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - 0x38000000u;
+  return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+FERRET_HD float to_float(float x) { return x; }
+FERRET_HD double to_float(double x) { return x; }
+
+// The result of the working precision as an element, rounded once to the element's type.
+template <class Real>
+FERRET_HD void store_rounded(Real x, float* out) {
+  *out = static_cast<float>(x);
+}
+template <class Real>
+FERRET_HD void store_rounded(Real x, double* out) {
+  *out = static_cast<double>(x);
+}
+template <class Real>
+FERRET_HD void store_rounded(Real x, bfloat16_t* out) {
+  *out = to_bfloat16(static_cast<float>(x));
+}
+template <class Real>
+FERRET_HD void store_rounded(Real x, float16_t* out) {
+  *out = to_float16(static_cast<float>(x));
+}
+
+}  // namespace ferret

@@ -1,0 +1,158 @@
+// param = fma(T, C, param), T the weighted sum of the updates' H of docs/streams.md; and single columns of a basis.
+//
+// A task is a span of kSpan stream elements of one block: all columns of all updates are summed before the parameters of the
+// span are read and written, once.
+#include <cmath>
+#include <limits>
+
+#include "dispatch.h"
+
+namespace ferret::cpu {
+namespace {
+
+// The coordinates of one (update, block) as integers.
+template <class Real>
+struct Coordinates {
+  std::vector<Group<Real>> groups;
+  int exponent = 0;  // n*
+};
+
+template <class Real>
+int largest_exponent(const Real* x, int64_t n) {
+  Real largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(x[i]));
+  return largest > 0 ? exponent_of(largest) : std::numeric_limits<int>::min();
+}
+
+template <class Real>
+Coordinates<Real> to_coordinates(const Real* gamma, int64_t columns) {
+  constexpr int limit = Working<Real>::max_block_exponent;
+  Coordinates<Real> result;
+  result.groups.resize((columns + kGroup - 1) / kGroup);
+  const int exponent = largest_exponent(gamma, columns);
+  if (exponent == std::numeric_limits<int>::min()) return result;
+  result.exponent = clamp(exponent, -limit, limit);
+  for (int64_t first = 0; first < columns; first += kGroup) {
+    Group<Real>& group = result.groups[first / kGroup];
+    const int64_t count = std::min<int64_t>(kGroup, columns - first);
+    const int n = std::max(largest_exponent(gamma + first, count), result.exponent - Working<Real>::group_range);
+    const Scale<Real> scale(kCoordinateBits, n);
+    for (int64_t k = 0; k < count; ++k) {
+      const Limbs limbs = to_fixed_point(scale(gamma[first + k]), kCoordinateBits);
+      group.c[0][k] = limbs.hi;
+      if constexpr (Working<Real>::limbs == 2) group.c[1][k] = limbs.lo;
+    }
+    group.scale = power_of_two(n - kCoordinateBits - result.exponent, Real());
+  }
+  return result;
+}
+
+template <class Real>
+struct BlockUpdates {
+  BlockPieces pieces;
+  uint64_t first_span = 0;
+  int64_t first_task = 0;
+  std::vector<Coordinates<Real>> coordinates;  // [N]
+  std::vector<Real> weights;                   // [N], in units of the largest block exponent
+  Real factor = 0;                             // C
+};
+
+template <class Real>
+BlockUpdates<Real> prepare(const ApplyJob& job, const Block& block) {
+  BlockUpdates<Real> result;
+  const Real* gammas = static_cast<const Real*>(job.gammas) + block.start;
+  int exponent = std::numeric_limits<int>::min();
+  for (int64_t i = 0; i < job.num_updates; ++i) {
+    result.coordinates.push_back(to_coordinates(gammas + i * job.total, block.columns));
+    exponent = std::max(exponent, result.coordinates.back().exponent);
+  }
+  for (int64_t i = 0; i < job.num_updates; ++i) {
+    const int difference = result.coordinates[i].exponent - exponent;
+    result.weights.push_back(static_cast<Real>(job.updates[i].weight * power_of_two(difference, double())));
+  }
+  const double largest = std::numeric_limits<Real>::max();
+  result.factor = static_cast<Real>(clamp(apply_factor(job.basis, block.numel, job.alpha, exponent), -largest, largest));
+  return result;
+}
+
+template <class Real>
+void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real>& updates, uint64_t span,
+                const RealKernels<Real>& kernels) {
+  const uint64_t start = span * kSpan;
+  const Range elements = updates.pieces.elements();
+  const int begin = static_cast<int>(std::max(elements.begin, start) - start);
+  const int end = static_cast<int>(std::min(elements.end, start + kSpan) - start);
+  alignas(64) Real sums[kSpan], total[kSpan];
+  std::fill(total, total + kSpan, Real(0));
+  for (int64_t i = 0; i < job.num_updates; ++i) {
+    const Stream stream = {job.updates[i].seed, job.basis};
+    kernels.sum_columns({updates.coordinates[i].groups.data(), block.columns, stream, span, begin, end, sums});
+    kernels.accumulate(sums + begin, end - begin, updates.weights[i], total + begin);
+  }
+  for_each_overlap(updates.pieces, {start, start + kSpan}, [&](const Piece& piece, uint64_t first, uint64_t last) {
+    kernels.scale_add(total + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
+                      job.params[piece.tensor].dtype, element_of(job.params, piece, first));
+  });
+}
+
+template <class Real>
+bool all_finite(const ApplyJob& job) {
+  const Real* gammas = static_cast<const Real*>(job.gammas);
+  return std::all_of(gammas, gammas + job.num_updates * job.total, [](Real x) { return std::isfinite(x); });
+}
+
+template <class Real>
+bool apply_in(const ApplyJob& job, const Threads& threads) {
+  if (!all_finite<Real>(job)) return false;
+  const auto& kernels = kernels_of<Real>(active_kernels());
+  const auto pieces = pieces_by_block(job.plan);
+  std::vector<BlockUpdates<Real>> blocks(job.plan.num_blocks);
+  for_each_task(threads, job.plan.num_blocks, [&](int64_t b) { blocks[b] = prepare<Real>(job, job.plan.blocks[b]); });
+  int64_t count = 0;
+  for (int64_t b = 0; b < job.plan.num_blocks; ++b) {
+    blocks[b].pieces = pieces[b];
+    blocks[b].first_task = count;
+    if (pieces[b].empty()) continue;
+    const Range elements = pieces[b].elements();
+    blocks[b].first_span = elements.begin / kSpan;
+    count += static_cast<int64_t>((elements.end - 1) / kSpan - blocks[b].first_span) + 1;
+  }
+  for_each_task(threads, count, [&](int64_t task) {
+    const auto next = std::upper_bound(blocks.begin(), blocks.end(), task,
+                                       [](int64_t i, const BlockUpdates<Real>& b) { return i < b.first_task; });
+    const BlockUpdates<Real>& updates = *(next - 1);
+    const Block& block = job.plan.blocks[&updates - blocks.data()];
+    apply_span(job, block, updates, updates.first_span + (task - updates.first_task), kernels);
+  });
+  return true;
+}
+
+}  // namespace
+
+bool apply(const ApplyJob& job, const Threads& threads) {
+  return job.wide ? apply_in<double>(job, threads) : apply_in<float>(job, threads);
+}
+
+void basis(const BasisJob& job, const Threads& threads) {
+  constexpr int64_t chunk = 1 << 14;
+  const int e = elements_per_call(job.stream.basis);
+  const double unit = power_of_two(-basis_exponent(job.stream.basis), double());
+  const double root = std::sqrt(static_cast<double>(job.numel));
+  const auto& narrow = active_kernels().narrow;
+  const auto& wide = active_kernels().wide;
+  for_each_task(threads, (job.count + chunk - 1) / chunk, [&](int64_t task) {
+    Words words = {};
+    uint64_t call = ~uint64_t{0};
+    for (int64_t i = task * chunk; i < std::min((task + 1) * chunk, job.count); ++i) {
+      const uint64_t j = static_cast<uint64_t>(job.offset + i);
+      if (j / e != call) words = stream_words(job.stream.seed, job.stream.basis, call = j / e, job.k);
+      const double value = basis_integer(job.stream.basis, words, static_cast<int>(j % e)) * unit / root;
+      const float rounded = static_cast<float>(value);
+      void* to = static_cast<char*>(job.out.data) + i * size_of(job.out.dtype);
+      job.out.dtype == Dtype::float64 ? wide.scale_add(&value, 1, 1.0, true, job.out.dtype, to)
+                                      : narrow.scale_add(&rounded, 1, 1.0f, true, job.out.dtype, to);
+    }
+  });
+}
+
+}  // namespace ferret::cpu

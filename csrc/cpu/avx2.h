@@ -1,0 +1,92 @@
+// AVX2 with FMA as the vector type of vector.h: 8 lanes of 32 bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../core/stream.h"
+
+namespace ferret::cpu {
+namespace {
+
+struct Avx2 {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int lanes = 8;
+
+  FERRET_HD static I load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  FERRET_HD static void store(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  FERRET_HD static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  FERRET_HD static I iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  FERRET_HD static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  FERRET_HD static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  FERRET_HD static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  FERRET_HD static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+  FERRET_HD static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
+  FERRET_HD static I bit_xor(I a, I b, I c) { return bit_xor(bit_xor(a, c), b); }
+  template <int n>
+  FERRET_HD static I shift_right(I a) {
+    return _mm256_srli_epi32(a, n);
+  }
+  template <int n>
+  FERRET_HD static I shift_right_signed(I a) {
+    return _mm256_srai_epi32(a, n);
+  }
+  template <int n>
+  FERRET_HD static I shift_left(I a) {
+    return _mm256_slli_epi32(a, n);
+  }
+
+  // Lanes of 64 bits: products of the low halves, sums, and the odd 32-bit lanes moved onto the even ones and back.
+  FERRET_HD static I multiply_even(I a, I b) { return _mm256_mul_epu32(a, b); }
+  FERRET_HD static I multiply_even_signed(I a, I b) { return _mm256_mul_epi32(a, b); }
+  FERRET_HD static I add64(I a, I b) { return _mm256_add_epi64(a, b); }
+  FERRET_HD static I odd_to_even(I a) { return _mm256_srli_epi64(a, 32); }
+  FERRET_HD static I interleave(I even, I odd) {
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+
+  // 16-bit pairs: a.low * b.low + a.high * b.high.
+  FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
+
+  // table[i] = the sum of those of a, b, c, d whose bit (1, 2, 4, 8) is set in i.
+  FERRET_HD static void store_subset_sums(int32_t* table, const int32_t* x) {
+    const I a = _mm256_and_si256(_mm256_set1_epi32(x[0]), _mm256_setr_epi32(0, -1, 0, -1, 0, -1, 0, -1));
+    const I b = _mm256_and_si256(_mm256_set1_epi32(x[1]), _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1));
+    const I c = _mm256_and_si256(_mm256_set1_epi32(x[2]), _mm256_setr_epi32(0, 0, 0, 0, -1, -1, -1, -1));
+    const I low = _mm256_add_epi32(_mm256_add_epi32(a, b), c);
+    store(table, low);
+    store(table + 8, _mm256_add_epi32(low, _mm256_set1_epi32(x[3])));
+  }
+  struct Table {
+    I low, high;
+  };
+  FERRET_HD static Table load_table(const int32_t* table) { return {load(table), load(table + 8)}; }
+  // Entry (index mod 16) in every lane: a permutation looks at 3 bits, the fourth chooses between the halves.
+  FERRET_HD static I look_up(Table table, I index) {
+    const F low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.low, index));
+    const F high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.high, index));
+    return _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(shift_left<28>(index))));
+  }
+
+  FERRET_HD static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  FERRET_HD static I as_int(F x) { return _mm256_castps_si256(x); }
+  FERRET_HD static F as_float(I x) { return _mm256_castsi256_ps(x); }
+  FERRET_HD static F set1(float x) { return _mm256_set1_ps(x); }
+  FERRET_HD static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  FERRET_HD static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  FERRET_HD static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  FERRET_HD static F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  FERRET_HD static F square_root(F x) { return _mm256_sqrt_ps(x); }
+
+  // h = fma(x, scale, h) over 8 lanes, x rounded once to the type of h.
+  FERRET_HD static void fold(I x, float scale, float* h) {
+    _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale), _mm256_loadu_ps(h)));
+  }
+  FERRET_HD static void store_double(double* to, I x) {
+    _mm256_storeu_pd(to, _mm256_cvtepi32_pd(_mm256_castsi256_si128(x)));
+    _mm256_storeu_pd(to + 4, _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1)));
+  }
+};
+
+}  // namespace
+}  // namespace ferret::cpu

@@ -1,0 +1,9 @@
+#include "avx512.h"
+
+#include "vector.h"
+
+namespace ferret::cpu {
+
+const Kernels kAvx512Kernels = {"avx512", real_kernels<Avx512, float>(), real_kernels<Avx512, double>()};
+
+}  // namespace ferret::cpu

@@ -1,0 +1,85 @@
+// AVX-512 (F, BW, DQ, VL) as the vector type of vector.h: 16 lanes of 32 bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../core/stream.h"
+
+namespace ferret::cpu {
+namespace {
+
+struct Avx512 {
+  using I = __m512i;
+  using F = __m512;
+  static constexpr int lanes = 16;
+
+  FERRET_HD static I load(const void* p) { return _mm512_loadu_si512(p); }
+  FERRET_HD static void store(void* p, I x) { _mm512_storeu_si512(p, x); }
+  FERRET_HD static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  FERRET_HD static I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  FERRET_HD static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  FERRET_HD static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  FERRET_HD static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  FERRET_HD static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+  FERRET_HD static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+  FERRET_HD static I bit_xor(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+  template <int n>
+  FERRET_HD static I shift_right(I a) {
+    return _mm512_srli_epi32(a, n);
+  }
+  template <int n>
+  FERRET_HD static I shift_right_signed(I a) {
+    return _mm512_srai_epi32(a, n);
+  }
+  template <int n>
+  FERRET_HD static I shift_left(I a) {
+    return _mm512_slli_epi32(a, n);
+  }
+
+  // Lanes of 64 bits: products of the low halves, sums, and the odd 32-bit lanes moved onto the even ones and back.
+  FERRET_HD static I multiply_even(I a, I b) { return _mm512_mul_epu32(a, b); }
+  FERRET_HD static I multiply_even_signed(I a, I b) { return _mm512_mul_epi32(a, b); }
+  FERRET_HD static I add64(I a, I b) { return _mm512_add_epi64(a, b); }
+  FERRET_HD static I odd_to_even(I a) { return _mm512_srli_epi64(a, 32); }
+  FERRET_HD static I interleave(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); }
+
+  // 16-bit pairs: a.low * b.low + a.high * b.high.
+  FERRET_HD static I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
+
+  // table[i] = the sum of those of a, b, c, d whose bit (1, 2, 4, 8) is set in i.
+  FERRET_HD static void store_subset_sums(int32_t* table, const int32_t* x) {
+    I sums = _mm512_maskz_set1_epi32(0xAAAA, x[0]);
+    sums = _mm512_mask_add_epi32(sums, 0xCCCC, sums, _mm512_set1_epi32(x[1]));
+    sums = _mm512_mask_add_epi32(sums, 0xF0F0, sums, _mm512_set1_epi32(x[2]));
+    sums = _mm512_mask_add_epi32(sums, 0xFF00, sums, _mm512_set1_epi32(x[3]));
+    _mm512_storeu_si512(table, sums);
+  }
+  struct Table {
+    I entries;
+  };
+  FERRET_HD static Table load_table(const int32_t* table) { return {_mm512_loadu_si512(table)}; }
+  // Entry (index mod 16) in every lane.
+  FERRET_HD static I look_up(Table table, I index) { return _mm512_permutexvar_epi32(index, table.entries); }
+
+  FERRET_HD static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  FERRET_HD static I as_int(F x) { return _mm512_castps_si512(x); }
+  FERRET_HD static F as_float(I x) { return _mm512_castsi512_ps(x); }
+  FERRET_HD static F set1(float x) { return _mm512_set1_ps(x); }
+  FERRET_HD static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  FERRET_HD static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  FERRET_HD static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  FERRET_HD static F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  FERRET_HD static F square_root(F x) { return _mm512_sqrt_ps(x); }
+
+  // h = fma(x, scale, h) over 16 lanes, x rounded once to the type of h.
+  FERRET_HD static void fold(I x, float scale, float* h) {
+    _mm512_storeu_ps(h, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale), _mm512_loadu_ps(h)));
+  }
+  FERRET_HD static void store_double(double* to, I x) {
+    _mm512_storeu_pd(to, _mm512_cvtepi32_pd(_mm512_castsi512_si256(x)));
+    _mm512_storeu_pd(to + 8, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1)));
+  }
+};
+
+}  // namespace
+}  // namespace ferret::cpu

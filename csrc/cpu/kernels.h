@@ -1,0 +1,76 @@
+// The part of the CPU backend that is written once per instruction set. Everything else (which tile, which thread, which
+// piece of which tensor) is in project.cpp and apply.cpp.
+#pragma once
+
+#include "../core/job.h"
+
+namespace ferret::cpu {
+
+inline constexpr int kColumnBatch = 512;  // columns that share one set of look-up tables of a tile
+inline constexpr int kSpan = 2048;        // elements that share one pass over the coordinates
+inline constexpr int kPad = 16;           // buffers over columns are readable and writable up to a multiple of it
+
+// One tile of the working precision against columns [first, first + count).
+template <class Real>
+struct TileProduct {
+  const Real* x;   // [kTile], zero outside the block
+  uint64_t tile;   // stream index / kTile
+  int begin, end;  // the part of the tile that may be nonzero
+  Stream stream;
+  uint32_t first;
+  int count;     // <= kColumnBatch
+  double* sums;  // [count]; receives += the tile's value of each column
+};
+
+// One group of 64 columns as integers: g ~ (c[0] + c[1] * 2^-23) * scale, in units of the block's power of two.
+template <class Real>
+struct Group {
+  int32_t c[Working<Real>::limbs][kGroup];
+  Real scale;
+};
+
+// One update's sum over its columns for the elements [kSpan * span, kSpan * (span + 1)).
+template <class Real>
+struct SpanSum {
+  const Group<Real>* groups;  // [ceil(columns / 64)]; coordinates past the last column are 0
+  int64_t columns;
+  Stream stream;
+  uint64_t span;
+  int begin, end;  // the part of the span that is wanted; what lies outside is unspecified
+  Real* sums;      // [kSpan]
+};
+
+template <class Real>
+struct RealKernels {
+  void (*widen)(const void* from, Dtype dtype, int64_t n, Real* to);
+  void (*subtract)(const void* from, Dtype dtype, int64_t n, Real* inout);  // inout = from - inout
+  void (*project_tile)(const TileProduct<Real>&);
+  void (*sum_columns)(const SpanSum<Real>&);
+  void (*accumulate)(const Real* sums, int64_t n, Real weight, Real* total);  // total = fma(sums, weight, total)
+  void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param);
+};
+
+struct Kernels {
+  const char* name;
+  RealKernels<float> narrow;
+  RealKernels<double> wide;
+};
+
+template <class Real>
+const RealKernels<Real>& kernels_of(const Kernels& kernels);
+template <>
+inline const RealKernels<float>& kernels_of(const Kernels& kernels) {
+  return kernels.narrow;
+}
+template <>
+inline const RealKernels<double>& kernels_of(const Kernels& kernels) {
+  return kernels.wide;
+}
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace ferret::cpu
