@@ -3,7 +3,8 @@
     gamma = ferret_ext.project(delta, seed, K)             # the update as K numbers
     rebuilt = ferret_ext.reconstruct(gamma, seed, delta.shape)
 
-`BlockPlan`, `project_difference` and `apply_` do the same for whole models; `ferret_ext.federated` runs the rounds.
+`BlockPlan`, `project_difference` and `apply_` do the same for whole models; `ferret_ext.federated` runs the
+rounds.
 """
 
 from . import _native

@@ -1,0 +1,295 @@
+// param = fma(T, C, param), T the weighted sum of the updates' H (docs/streams.md, "reconstruct and apply").
+//
+// Two small kernels turn coordinates into integers (prepare.cuh). Then a warp takes 128 stream elements of one block: for 32
+// columns at a time its lanes make the words, one Philox call each, and share them through shared memory; a lane sums its own
+// four elements over all columns and updates, and reads and writes their parameters once. Warps never wait for each other.
+// Groups of 64 columns are summed exactly, in int32 or int64; groups and updates are folded in the contract's order.
+#include "lanes.cuh"
+#include "prepare.cuh"
+
+namespace ferret::cuda {
+namespace {
+
+constexpr int64_t kCtas = 1 << 16;  // enough to share out any work evenly
+
+struct ApplyBlock {
+  Block block;
+  BlockPieces pieces;
+  uint64_t first_span;
+  int64_t first_item;  // an item is a span
+  int64_t first_group;
+};
+
+struct ApplyParams {
+  const ApplyBlock* blocks;  // [L]
+  int64_t num_blocks;
+  const Piece* pieces;
+  const TensorRef* params;
+  const Update* updates;
+  int64_t num_updates;
+  int64_t total;
+  int64_t num_groups;
+  int64_t items;
+  bool overwrite;
+  Coordinates coordinates;
+};
+
+// ---- 32 columns of one update, as one warp sees them ----
+
+template <Basis basis>
+constexpr int kCallsPerSpan = kSpan / elements_per_call(basis);
+
+template <Basis basis, class Real>
+struct Chunk {
+  static constexpr int shared_calls = basis == Basis::gaussian ? 1 : kWarp * kCallsPerSpan<basis>;
+  alignas(16) Words words[shared_calls];  // [column][call]; a gaussian lane makes its own
+  alignas(16) int32_t c[Working<Real>::limbs][kWarp];
+};
+
+struct Columns {
+  uint64_t seed;
+  uint64_t span;
+  int64_t first;
+  int count;  // <= 32
+};
+
+template <Basis basis, class Real>
+__device__ __forceinline__ void fill(const Columns& columns, const int32_t* const (&integers)[2], int lane,
+                                     Chunk<basis, Real>& chunk) {
+  for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+    chunk.c[limb][lane] = lane < columns.count ? integers[limb][columns.first + lane] : 0;
+  }
+  if constexpr (basis != Basis::gaussian) {
+    constexpr int calls = kCallsPerSpan<basis>;
+    for (int i = lane; i < columns.count * calls; i += kWarp) {
+      const auto column = static_cast<uint32_t>(columns.first + i / calls);
+      chunk.words[i] = stream_words(columns.seed, basis, columns.span * calls + i % calls, column);
+    }
+  }
+}
+
+template <Basis basis>
+using Sums = typename Kind<basis>::Sum[kOwned];
+
+// sums += c * raw for the lane's elements in one column.
+__device__ __forceinline__ void add_column(Kind<Basis::rademacher>, const Words* words, int lane, int32_t c, int32_t (&sums)[kOwned]) {
+  const Words column = *words;
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i) {
+    if (column.w[i] & (1u << lane)) sums[i] += c;
+  }
+}
+
+__device__ __forceinline__ void add_column(Kind<Basis::uniform>, const Words* words, int lane, int32_t c, int64_t (&sums)[kOwned]) {
+  const uint32_t word = words[lane / 4].w[lane % 4];
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i) sums[i] += int64_t{c} * static_cast<int32_t>((word >> (8 * i)) & 255u);
+}
+
+// All columns of a chunk, both limbs.
+template <Basis basis, class Real>
+__device__ __forceinline__ void add_chunk(const Columns& columns, const Chunk<basis, Real>& chunk, int lane,
+                                          Sums<basis> (&sums)[Working<Real>::limbs]) {
+#pragma unroll 4
+  for (int k = 0; k < columns.count; ++k) {
+    if constexpr (basis == Basis::gaussian) {
+      int32_t b[kOwned];
+      owned_integers<basis>(columns.seed, columns.span, static_cast<uint32_t>(columns.first + k), lane, b);
+      for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+        for (int i = 0; i < kOwned; ++i) sums[limb][i] += int64_t{chunk.c[limb][k]} * b[i];
+      }
+    } else {
+      for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+        add_column(Kind<basis>(), &chunk.words[k * kCallsPerSpan<basis>], lane, chunk.c[limb][k], sums[limb]);
+      }
+    }
+  }
+}
+
+// ---- columns -> groups -> H ----
+
+// G of the lane's elements, for the group of columns that starts at `first`.
+template <Basis basis, class Real>
+__device__ __forceinline__ void sum_group(Columns columns, int64_t end, const int32_t* const (&integers)[2], int lane,
+                                          Chunk<basis, Real>& chunk, Real (&group)[kOwned]) {
+  constexpr int limbs = Working<Real>::limbs;
+  Sums<basis> raw[limbs] = {};
+  int32_t sum_c[2] = {};
+  const int64_t group_end = min(columns.first + kGroup, end);
+  for (; columns.first < group_end; columns.first += kWarp) {
+    columns.count = static_cast<int>(min(group_end - columns.first, int64_t{kWarp}));
+    __syncwarp();
+    fill(columns, integers, lane, chunk);
+    __syncwarp();
+    add_chunk(columns, chunk, lane, raw);
+    for (int limb = 0; limb < limbs; ++limb) sum_c[limb] += __reduce_add_sync(kAllLanes, chunk.c[limb][lane]);
+  }
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i) {
+    const int64_t hi = from_raw<basis>(raw[0][i], sum_c[0]);
+    if constexpr (limbs == 2) {
+      group[i] = join_limbs(hi, from_raw<basis>(raw[1][i], sum_c[1]), kCoordinateBits);
+    } else {
+      group[i] = static_cast<Real>(hi);
+    }
+  }
+}
+
+// H of the lane's elements for one update.
+template <Basis basis, class Real>
+__device__ __forceinline__ void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update, uint64_t span, int lane,
+                                           Chunk<basis, Real>& chunk, Real (&sum)[kOwned]) {
+  const int64_t base = update * p.total + block.block.start;
+  const int32_t* const integers[2] = {p.coordinates.integers[0] + base, p.coordinates.integers[1] + base};
+  const Real* scales = static_cast<const Real*>(p.coordinates.scales) + update * p.num_groups + block.first_group;
+  Real run[kOwned] = {};
+  for (int64_t first = 0, g = 0; first < block.block.columns; first += kGroup, ++g) {
+    Real group[kOwned];
+    sum_group({p.updates[update].seed, span, first, 0}, block.block.columns, integers, lane, chunk, group);
+    const bool closes = g % kFoldRadix == kFoldRadix - 1;
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+      run[i] = fused_multiply_add(group[i], scales[g], run[i]);
+      if (closes) {
+        sum[i] += run[i];
+        run[i] = 0;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i) sum[i] += run[i];
+}
+
+// ---- spans ----
+
+template <Basis basis, class Real>
+__device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, int lane, Chunk<basis, Real>& chunk) {
+  const int64_t b = find_last(p.num_blocks, item, [&](int64_t at) { return p.blocks[at].first_item; });
+  const ApplyBlock& block = p.blocks[b];
+  const uint64_t span = block.first_span + (item - block.first_item);
+  const LanePlaces places = owned_places<basis>(lane);
+  const bool poisoned = *p.coordinates.not_finite != 0;
+
+  Real x[kOwned] = {};
+  if (!p.overwrite) {
+    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) { load(p.params[run.tensor], run, places, x); });
+  }
+  Real total[kOwned] = {};
+  for (int64_t i = 0; i < p.num_updates && !poisoned; ++i) {
+    Real sum[kOwned] = {};
+    sum_update(p, block, i, span, lane, chunk, sum);
+    const Real weight = static_cast<const Real*>(p.coordinates.weights)[i * p.num_blocks + b];
+#pragma unroll
+    for (int j = 0; j < kOwned; ++j) total[j] = fused_multiply_add(sum[j], weight, total[j]);
+  }
+  const Real factor = static_cast<const Real*>(p.coordinates.factors)[b];
+#pragma unroll
+  for (int j = 0; j < kOwned; ++j) {
+    x[j] = poisoned ? Limits<Real>::nan : fused_multiply_add(total[j], factor, x[j]);
+  }
+  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
+}
+
+template <Basis basis, class Real>
+__global__ void __launch_bounds__(kThreads) apply_kernel(ApplyParams p) {
+  __shared__ Chunk<basis, Real> chunks[kWarps];
+  if (*p.coordinates.not_finite != 0 && !p.overwrite) return;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp;
+  for (int64_t item = int64_t{blockIdx.x} * kWarps + warp; item < p.items; item += int64_t{gridDim.x} * kWarps) {
+    apply_span(p, item, tid % kWarp, chunks[warp]);
+  }
+}
+
+// ---- host ----
+
+struct ApplyLaunches {
+  Workspace workspace;
+  PrepareParams prepare = {};
+  ApplyParams apply = {};
+
+  ApplyLaunches(const ApplyJob& job, void* base);
+};
+
+std::vector<ApplyBlock> block_table(const Plan& plan, int64_t* items, int64_t* groups) {
+  std::vector<ApplyBlock> blocks;
+  const auto pieces = pieces_by_block(plan);
+  *items = *groups = 0;
+  for (int64_t b = 0; b < plan.num_blocks; ++b) {
+    const Range spans = spans_of(pieces[b], kSpanShift);
+    blocks.push_back({plan.blocks[b], pieces[b], spans.begin, *items, *groups});
+    *items += size(spans);
+    *groups += divide_up(plan.blocks[b].columns, kGroup);
+  }
+  return blocks;
+}
+
+// Room for what prepare.cuh makes. The flag is a table: it must be 0 before.
+template <class Real>
+Coordinates lay_out_coordinates(const ApplyJob& job, int64_t groups, Workspace& workspace) {
+  const int32_t zero = 0;
+  Coordinates result = {};
+  result.not_finite = const_cast<int32_t*>(workspace.table(&zero, 1));
+  for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+    result.integers[limb] = workspace.room<int32_t>(job.num_updates * job.total);
+  }
+  result.scales = workspace.room<Real>(job.num_updates * groups);
+  result.exponents = workspace.room<int32_t>(job.num_updates * job.plan.num_blocks);
+  result.weights = workspace.room<Real>(job.num_updates * job.plan.num_blocks);
+  result.factors = workspace.room<Real>(job.plan.num_blocks);
+  return result;
+}
+
+ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) {
+  const Plan& plan = job.plan;
+  int64_t items, groups, tensors = 0;
+  const auto blocks = block_table(plan, &items, &groups);
+  std::vector<int64_t> first_group;
+  for (const ApplyBlock& block : blocks) first_group.push_back(block.first_group);
+  for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
+
+  const Update* updates = workspace.table(job.updates, job.num_updates);
+  const Block* plain_blocks = workspace.table(plan.blocks, plan.num_blocks);
+  const int64_t* groups_of_blocks = workspace.table(first_group);
+  const ApplyBlock* apply_blocks = workspace.table(blocks);
+  const Piece* pieces = workspace.table(plan.pieces, plan.num_pieces);
+  const TensorRef* params = workspace.table(job.params, tensors);
+  const Coordinates to = job.wide ? lay_out_coordinates<double>(job, groups, workspace)
+                                  : lay_out_coordinates<float>(job, groups, workspace);
+  prepare = {plain_blocks, groups_of_blocks, plan.num_blocks, updates,   job.num_updates, job.gammas,
+             job.total,    groups,           job.basis,       job.alpha, to};
+  apply = {apply_blocks, plan.num_blocks, pieces, params, updates, job.num_updates, job.total, groups, items, job.overwrite, to};
+}
+
+template <class Real>
+void (*select_kernel(Basis basis))(ApplyParams) {
+  switch (basis) {
+    case Basis::rademacher: return apply_kernel<Basis::rademacher, Real>;
+    case Basis::uniform: return apply_kernel<Basis::uniform, Real>;
+    case Basis::gaussian: return apply_kernel<Basis::gaussian, Real>;
+  }
+  return nullptr;
+}
+
+template <class Real>
+Status run(const ApplyLaunches& launches, Basis basis, CUstream_st* stream) {
+  const PrepareParams& prepare = launches.prepare;
+  Status status = launch("quantise_kernel", quantise_kernel<Real>, prepare.num_updates * prepare.num_blocks, stream, prepare);
+  if (!status.ok()) return status;
+  status = launch("weigh_kernel", weigh_kernel<Real>, divide_up(prepare.num_blocks, kThreads), stream, prepare);
+  if (!status.ok()) return status;
+  const int64_t ctas = std::min(divide_up(launches.apply.items, kWarps), kCtas);
+  return launch("apply_kernel", select_kernel<Real>(basis), ctas, stream, launches.apply);
+}
+
+}  // namespace
+
+size_t apply_workspace(const ApplyJob& job) { return ApplyLaunches(job, nullptr).workspace.bytes(); }
+
+Status apply(const ApplyJob& job, void* workspace, size_t bytes, CUstream_st* stream) {
+  const ApplyLaunches launches(job, workspace);
+  const Status status = launches.workspace.upload(bytes, stream);
+  if (!status.ok()) return status;
+  return job.wide ? run<double>(launches, job.basis, stream) : run<float>(launches, job.basis, stream);
+}
+
+}  // namespace ferret::cuda

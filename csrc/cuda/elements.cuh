@@ -1,0 +1,142 @@
+// Device code that project, apply and basis share: which tensor holds a stream element, and how it is read and written.
+#pragma once
+
+#include <limits>
+
+#include "launch.h"
+
+namespace ferret::cuda {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Every kind's integer is b = scale * raw + bias of its raw bits, so sum(b x) = scale * sum(raw x) + bias * sum(x). `Sum` holds
+// the raw sum of a tile of q or of a group of c.
+template <Basis>
+struct Kind;
+template <>
+struct Kind<Basis::rademacher> {
+  using Sum = int32_t;
+  static constexpr int scale = -2, bias = 1;
+};
+template <>
+struct Kind<Basis::uniform> {
+  using Sum = int64_t;
+  static constexpr int scale = 2, bias = -255;
+};
+template <>
+struct Kind<Basis::gaussian> {
+  using Sum = int64_t;
+  static constexpr int scale = 1, bias = 0;
+};
+
+// The exact sum over b from the sum over raw bits.
+template <Basis basis>
+__device__ __forceinline__ int64_t from_raw(int64_t raw_sum, int64_t sum) {
+  return Kind<basis>::scale * raw_sum + Kind<basis>::bias * sum;
+}
+
+// The last i in [0, n) with key(i) <= value, for keys in ascending order from key(0) <= value.
+template <class Key>
+__device__ __forceinline__ int64_t find_last(int64_t n, int64_t value, Key key) {
+  int64_t low = 0;
+  for (int64_t high = n; high - low > 1;) {
+    const int64_t middle = low + (high - low) / 2;
+    (key(middle) <= value ? low : high) = middle;
+  }
+  return low;
+}
+
+// Positions [lo, hi) of a span of stream elements are the elements at + position of a tensor.
+struct Run {
+  int64_t tensor;
+  int64_t at;
+  int lo, hi;
+};
+
+// Calls visit(run) for every piece that owns elements of [start, start + length).
+template <class Visit>
+__device__ __forceinline__ void for_each_run(const Piece* pieces, const BlockPieces& block, uint64_t start, int length,
+                                             Visit visit) {
+  const auto begin = static_cast<int64_t>(start);
+  int64_t p = block.first + find_last(block.last - block.first, begin, [&](int64_t i) {
+                return i == 0 ? begin : pieces[block.first + i].offset;
+              });
+  for (; p < block.last; ++p) {
+    const Piece piece = pieces[p];
+    const int64_t lo = piece.offset - begin, hi = lo + piece.length;
+    if (lo >= length) return;
+    if (hi > 0 && piece.length > 0) {
+      visit(Run{piece.tensor, piece.start - lo, static_cast<int>(lo < 0 ? 0 : lo), static_cast<int>(hi < length ? hi : length)});
+    }
+  }
+}
+
+// A lane's share of a span: n elements at the positions first + i * stride.
+struct LanePlaces {
+  int first, stride;
+
+  __device__ __forceinline__ int operator[](int i) const { return first + i * stride; }
+};
+
+template <class T, int n, class Real>
+__device__ __forceinline__ void load_as(const void* data, const Run& run, LanePlaces places, Real (&x)[n]) {
+  const T* from = static_cast<const T*>(data);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (places[i] >= run.lo && places[i] < run.hi) x[i] = static_cast<Real>(to_float(from[run.at + places[i]]));
+  }
+}
+
+// x[i] = the element at places[i], in the working precision, where the run has it.
+template <int n, class Real>
+__device__ __forceinline__ void load(const TensorRef& tensor, const Run& run, LanePlaces places, Real (&x)[n]) {
+  switch (tensor.dtype) {
+    case Dtype::float32: return load_as<float>(tensor.data, run, places, x);
+    case Dtype::bfloat16: return load_as<bfloat16_t>(tensor.data, run, places, x);
+    case Dtype::float16: return load_as<float16_t>(tensor.data, run, places, x);
+    case Dtype::float64: return load_as<double>(tensor.data, run, places, x);
+  }
+}
+
+template <class T, int n, class Real>
+__device__ __forceinline__ void store_as(void* data, const Run& run, LanePlaces places, const Real (&x)[n]) {
+  T* to = static_cast<T*>(data);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (places[i] >= run.lo && places[i] < run.hi) store_rounded(x[i], &to[run.at + places[i]]);
+  }
+}
+
+// The reverse of load, rounded once to the tensor's dtype.
+template <int n, class Real>
+__device__ __forceinline__ void store(const TensorRef& tensor, const Run& run, LanePlaces places, const Real (&x)[n]) {
+  switch (tensor.dtype) {
+    case Dtype::float32: return store_as<float>(tensor.data, run, places, x);
+    case Dtype::bfloat16: return store_as<bfloat16_t>(tensor.data, run, places, x);
+    case Dtype::float16: return store_as<float16_t>(tensor.data, run, places, x);
+    case Dtype::float64: return store_as<double>(tensor.data, run, places, x);
+  }
+}
+
+// std::numeric_limits as constants, since its functions belong to the host.
+template <class Real>
+struct Limits {
+  static constexpr int max_exponent = std::numeric_limits<Real>::max_exponent;
+  static constexpr Real largest = std::numeric_limits<Real>::max();
+  static constexpr Real nan = std::numeric_limits<Real>::quiet_NaN();
+};
+
+// exponent_of as a number to take the maximum of: zero lies below all others, infinity and NaN above.
+inline constexpr int kZeroExponent = std::numeric_limits<int>::min();
+
+template <class Real>
+__device__ __forceinline__ int exponent_or_zero(Real x) {
+  return x == 0 ? kZeroExponent : exponent_of(std::fabs(x));
+}
+
+template <class Real>
+__device__ __forceinline__ bool is_finite_exponent(int n) {
+  return n <= Limits<Real>::max_exponent;
+}
+
+}  // namespace ferret::cuda

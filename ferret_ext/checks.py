@@ -1,0 +1,165 @@
+"""Checks of arguments: ValueError or TypeError that names operator, argument, expected and got."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import BlockPlan
+
+KINDS = {"rademacher": 1, "uniform": 2, "gaussian": 3}  # of docs/streams.md
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
+    """The value as an int in [low, high]."""
+    if isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {number}")
+    return number
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """The value as a finite float."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def seed(op: str, value: Any) -> int:
+    """A seed in [-2^63, 2^64) as the signed 64-bit integer that the operators take."""
+    number = integer(op, "seed", value, -(2**63), 2**64 - 1)
+    return number - 2**64 if number >= 2**63 else number
+
+
+def columns(op: str, K: Any) -> int:
+    """A number of coordinates."""
+    return integer(op, "K", K, 1, 2**32 - 1)
+
+
+def kind(op: str, basis: Any) -> int:
+    """The number of a basis kind in the stream contract."""
+    if basis not in KINDS:
+        raise ValueError(f"{op}: basis must be one of {', '.join(KINDS)}, got {basis!r}")
+    return KINDS[basis]
+
+
+def place(op: str, count: int, offset: Any, numel: Any) -> tuple[int, int]:
+    """(offset, d) of `count` elements of a block of d = numel elements, by default all of it."""
+    first = integer(op, "offset", offset, 0, 2**63 - 1 - count)
+    return first, count if numel is None else integer(op, "numel", numel, count, 2**63 - 1)
+
+
+def size(op: str, shape: Any) -> torch.Size:
+    """A shape given as an int or a sequence of ints."""
+    try:
+        result = torch.Size([shape] if isinstance(shape, int) else shape)
+    except TypeError:
+        raise TypeError(f"{op}: shape must be an int or a sequence of ints, got {shape!r}") from None
+    if any(n < 0 for n in result):
+        raise ValueError(f"{op}: shape must not be negative, got {list(result)}")
+    return result
+
+
+def dtype(op: str, value: Any) -> torch.dtype:
+    """A dtype that the kernels know."""
+    if value not in DTYPES:
+        raise TypeError(f"{op}: dtype must be one of {_DTYPE_NAMES}, got {value}")
+    assert isinstance(value, torch.dtype)
+    return value
+
+
+def tensor(op: str, name: str, value: Any) -> Tensor:
+    """A dense floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be one of {_DTYPE_NAMES}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
+    return value
+
+
+def coordinates(op: str, name: str, value: Any) -> Tensor:
+    """A floating-point tensor of shape [K], K >= 1."""
+    gamma = tensor(op, name, value)
+    if gamma.dim() != 1 or gamma.numel() < 1:
+        raise ValueError(f"{op}: {name} must have shape [K], K >= 1, got {list(gamma.shape)}")
+    return gamma
+
+
+def one_device(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """All tensors on the device of the first."""
+    (first, expected), *others = tensors.items()
+    for name, other in others:
+        if other.device != expected.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of {first}, {expected.device}, got {other.device}"
+            )
+
+
+def plan_tensors(op: str, plan: Any, name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The plan's tensors in its order, under the names that errors call them."""
+    if not isinstance(plan, BlockPlan):
+        raise TypeError(f"{op}: plan must be a BlockPlan, got {type(plan).__name__}")
+    if len(tensors) != len(plan.tensors):
+        raise ValueError(f"{op}: {name} must be the plan's {len(plan.tensors)} tensors, got {len(tensors)}")
+    named = {}
+    for value, (label, numel) in zip(tensors, plan.tensors, strict=True):
+        named[f"{name}[{label!r}]"] = tensor(op, f"{name}[{label!r}]", value)
+        if value.numel() != numel:
+            raise ValueError(f"{op}: {name}[{label!r}] must have {numel} elements, got {value.numel()}")
+    return named
+
+
+def may_change(op: str, param: Tensor) -> None:
+    """torch's own error for an in-place change of a leaf that requires grad; ours inside a graph."""
+    if torch.is_grad_enabled() and param.requires_grad:
+        if param.is_leaf:
+            param.mul_(1)
+        raise RuntimeError(f"{op}: a parameter inside a graph can only be changed under torch.no_grad()")
+
+
+def values_known(value: Tensor) -> bool:
+    """Whether looking at values is possible: not while compiling or capturing a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def finite(op: str, name: str, value: Tensor) -> None:
+    """No NaN or infinity, where values are known."""
+    if not values_known(value) or torch.isfinite(value.detach()).all():
+        return
+    flat = value.detach().reshape(-1)
+    bad = (~torch.isfinite(flat)).nonzero()
+    first = int(bad[0])
+    raise ValueError(
+        f"{op}: {name} must be finite, got {bad.numel()} of {flat.numel()} elements not finite, "
+        f"the first {flat[first].item()} at index {first}"
+    )
+
+
+def result(op: str, gamma: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """Finite coordinates. A NaN among them means a non-finite input; only then are the inputs searched."""
+    if not values_known(gamma) or torch.isfinite(gamma.detach()).all():
+        return
+    for name, value in inputs.items():
+        finite(op, name, value)
+    raise ValueError(
+        f"{op}: coordinates must fit {str(gamma.dtype).removeprefix('torch.')}, got larger ones; "
+        "scale the input down first"
+    )

@@ -1,0 +1,143 @@
+// Every CPU path and several thread counts against tests/golden.txt, and against one another on plans of odd shape.
+#include <cmath>
+#include <limits>
+#include <thread>
+
+#include "cpu/cpu.h"
+#include "golden.h"
+
+using namespace ferret;
+using testing::check;
+
+static cpu::Threads threads(int count) {
+  return {count, [count](const std::function<void()>& worker) {
+            std::vector<std::thread> pool;
+            for (int i = 0; i < count; ++i) pool.emplace_back(worker);
+            for (std::thread& thread : pool) thread.join();
+          }};
+}
+
+struct Cpu {
+  int count;
+  void project(const ProjectJob& job) const { cpu::project(job, threads(count)); }
+  bool apply(const ApplyJob& job) const { return cpu::apply(job, threads(count)); }
+  void basis(const BasisJob& job) const { cpu::basis(job, threads(count)); }
+};
+
+// Three tensors of different dtype in two blocks, the boundary between the first two in the middle of a tile, and a shard of a
+// block that lies far out.
+struct OddPlan {
+  std::vector<golden::Array> old_tensors, new_tensors;
+  std::vector<Block> blocks = {{1024, 5000, 70, 0}, {int64_t{1} << 41, 40000, 3, 70}};
+  std::vector<Piece> pieces = {{0, 0, 1500, 1024, 0}, {1, 10, 3500, 2524, 0}, {2, 0, 33333, (int64_t{1} << 41) + 77, 1}};
+
+  explicit OddPlan(bool wide) {
+    const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, wide ? Dtype::float64 : Dtype::float16};
+    const int64_t counts[] = {1500, 3600, 33333};
+    for (int i = 0; i < 3; ++i) {
+      old_tensors.push_back(golden::input(dtypes[i], counts[i], 11 + i));
+      new_tensors.push_back(golden::input(Dtype::float32, counts[i], 21 + i));
+    }
+  }
+  Plan plan() const { return {blocks.data(), 2, pieces.data(), 3}; }
+  static std::vector<TensorRef> refs(std::vector<golden::Array>& tensors) {
+    std::vector<TensorRef> result;
+    for (golden::Array& tensor : tensors) result.push_back(tensor.ref());
+    return result;
+  }
+};
+
+static std::vector<char> project(OddPlan& odd, bool wide, Basis basis, int count) {
+  golden::Array gamma(wide ? Dtype::float64 : Dtype::float32, 73);
+  const auto now = OddPlan::refs(odd.new_tensors), before = OddPlan::refs(odd.old_tensors);
+  cpu::project({odd.plan(), now.data(), before.data(), {42, basis}, wide, gamma.bytes.data()}, threads(count));
+  return gamma.bytes;
+}
+
+static std::vector<char> apply(OddPlan odd, bool wide, Basis basis, int count) {
+  const auto params = OddPlan::refs(odd.old_tensors);
+  golden::Array gammas = golden::input(wide ? Dtype::float64 : Dtype::float32, 2 * 73, 5);
+  const Update updates[] = {{7, 0.25}, {8, -1.5}};
+  check(cpu::apply({odd.plan(), params.data(), updates, 2, gammas.bytes.data(), 73, basis, -0.7, wide, false}, threads(count)),
+        "apply on a plan");
+  std::vector<char> result;
+  for (const golden::Array& tensor : odd.old_tensors) result.insert(result.end(), tensor.bytes.begin(), tensor.bytes.end());
+  return result;
+}
+
+// Paths, thread counts and repeated runs give equal bytes.
+static void test_equal_bits() {
+  for (const Basis basis : {Basis::rademacher, Basis::uniform, Basis::gaussian}) {
+    for (const bool wide : {false, true}) {
+      OddPlan odd(wide);
+      cpu::set_isa("scalar");
+      const auto gamma = project(odd, wide, basis, 1), params = apply(odd, wide, basis, 1);
+      for (const std::string& isa : cpu::available_isas()) {
+        cpu::set_isa(isa);
+        for (int count = 1; count <= 3; ++count) {
+          const std::string name = isa + ", " + std::to_string(count) + " threads, kind " +
+                                   std::to_string(static_cast<int>(basis)) + (wide ? ", wide" : "");
+          check(project(odd, wide, basis, count) == gamma, "project on a plan: " + name);
+          check(apply(odd, wide, basis, count) == params, "apply on a plan: " + name);
+        }
+      }
+    }
+  }
+}
+
+// The first elements of the second tensor belong to no piece, so apply leaves them alone.
+static void test_untouched() {
+  OddPlan odd(false);
+  const auto after = apply(odd, false, Basis::rademacher, 2);
+  const auto& tensor = odd.old_tensors[1].bytes;
+  check(std::equal(tensor.begin(), tensor.begin() + 20, after.begin() + 1500 * 4), "elements outside the pieces");
+}
+
+static void test_not_finite() {
+  for (const std::string& isa : cpu::available_isas()) {
+    cpu::set_isa(isa);
+    OddPlan odd(false);
+    odd.new_tensors[2].set(20000, std::numeric_limits<double>::infinity());
+    const auto bytes = project(odd, false, Basis::rademacher, 2);
+    int nans = 0;
+    for (int k = 0; k < 73; ++k) {
+      float gamma;
+      std::memcpy(&gamma, &bytes[4 * static_cast<size_t>(k)], 4);
+      nans += std::isnan(gamma) == (k >= 70);
+    }
+    check(nans == 73, isa + ": an infinity makes its block NaN, and no other");
+
+    OddPlan target(false);
+    const auto params = OddPlan::refs(target.old_tensors);
+    golden::Array gammas = golden::input(Dtype::float32, 73, 5);
+    gammas.set(72, std::nan(""));
+    const Update update = {7, 1.0};
+    const bool done = cpu::apply(
+        {target.plan(), params.data(), &update, 1, gammas.bytes.data(), 73, Basis::rademacher, 1.0, false, false}, threads(2));
+    bool same = true;
+    const OddPlan fresh(false);
+    for (int i = 0; i < 3; ++i) same &= target.old_tensors[i].bytes == fresh.old_tensors[i].bytes;
+    check(!done && same, isa + ": apply refuses a NaN and changes nothing");
+  }
+}
+
+int main(int, char** argv) {
+  const auto records = golden::read(argv[1]);
+  for (const std::string& isa : cpu::available_isas()) {
+    cpu::set_isa(isa);
+    for (const int count : {1, 3}) {
+      Cpu backend{count};
+      golden::run(records, backend, isa + ", " + std::to_string(count) + " threads");
+    }
+  }
+  test_equal_bits();
+  test_untouched();
+  test_not_finite();
+  try {
+    cpu::set_isa("mmx");
+    check(false, "an unknown path is refused");
+  } catch (const std::runtime_error& error) {
+    check(std::string(error.what()).find("got 'mmx'") != std::string::npos, "an unknown path is named");
+  }
+  return testing::summary();
+}
