@@ -21,50 +21,113 @@ FERRET_HD void unroll(std::integer_sequence<int, n...>, F f) {
 using Nibbles = std::make_integer_sequence<int, 8>;
 using Bytes = std::make_integer_sequence<int, 4>;
 
-// Philox over the lanes. Even and odd lanes run apart, each in the low half of a 64-bit lane; the high halves hold garbage that
-// the multiplication ignores, which saves taking products apart.
+// 32-bit lanes, the even ones and the odd ones apart, each in the low half of a 64-bit lane. The high halves hold garbage that a
+// multiplication ignores, which saves taking products apart.
 template <class V>
-FERRET_HD void philox(typename V::I c0, typename V::I c1, typename V::I c2, typename V::I c3, uint64_t seed,
-                      typename V::I w[4]) {
-  using I = typename V::I;
-  const I m0 = V::set1(kPhiloxMultiplier0), m1 = V::set1(kPhiloxMultiplier1);
-  I e0 = c0, e1 = c1, e2 = c2, e3 = c3;
-  I o0 = V::odd_to_even(c0), o1 = V::odd_to_even(c1), o2 = V::odd_to_even(c2), o3 = V::odd_to_even(c3);
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const I k0 = V::set1(key0), k1 = V::set1(key1);
-    const I ep0 = V::multiply_even(e0, m0), ep1 = V::multiply_even(e2, m1);
-    const I op0 = V::multiply_even(o0, m0), op1 = V::multiply_even(o2, m1);
-    e0 = V::bit_xor(V::odd_to_even(ep1), e1, k0);
-    o0 = V::bit_xor(V::odd_to_even(op1), o1, k0);
-    e2 = V::bit_xor(V::odd_to_even(ep0), e3, k1);
-    o2 = V::bit_xor(V::odd_to_even(op0), o3, k1);
-    e1 = ep1;
-    o1 = op1;
-    e3 = ep0;
-    o3 = op0;
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
+struct Halves {
+  typename V::I even, odd;
+
+  FERRET_HD static Halves split(typename V::I x) { return {x, V::odd_to_even(x)}; }
+  FERRET_HD static Halves all(uint32_t x) { return {V::set1(x), V::set1(x)}; }
+  FERRET_HD typename V::I join() const { return V::interleave(even, odd); }
+  FERRET_HD Halves high() const { return {V::odd_to_even(even), V::odd_to_even(odd)}; }
+  FERRET_HD Halves times(uint32_t factor) const {
+    const typename V::I f = V::set1(factor);
+    return {V::multiply_even(even, f), V::multiply_even(odd, f)};
   }
-  w[0] = V::interleave(e0, o0);
-  w[1] = V::interleave(e1, o1);
-  w[2] = V::interleave(e2, o2);
-  w[3] = V::interleave(e3, o3);
+  FERRET_HD Halves bit_xor(Halves other, uint32_t key) const {
+    const typename V::I k = V::set1(key);
+    return {V::bit_xor(even, other.even, k), V::bit_xor(odd, other.odd, k)};
+  }
+  FERRET_HD Halves bit_xor(uint32_t key) const {
+    const typename V::I k = V::set1(key);
+    return {V::bit_xor(even, k), V::bit_xor(odd, k)};
+  }
+};
+
+struct PhiloxKeys {
+  uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+
+  FERRET_HD explicit PhiloxKeys(uint64_t seed) {
+    for (uint32_t r = 0; r < kPhiloxRounds; ++r) {
+      key0[r] = static_cast<uint32_t>(seed) + r * kPhiloxWeyl0;
+      key1[r] = static_cast<uint32_t>(seed >> 32) + r * kPhiloxWeyl1;
+    }
+  }
+};
+
+FERRET_HD uint32_t high_word(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
+
+// What is left after the first two rounds.
+template <class V>
+FERRET_HD void philox_rounds(Halves<V> x0, Halves<V> x1, Halves<V> x2, Halves<V> x3, const PhiloxKeys& keys,
+                             typename V::I w[4]) {
+  for (int r = 2; r < kPhiloxRounds; ++r) {
+    const Halves<V> p0 = x0.times(kPhiloxMultiplier0), p1 = x2.times(kPhiloxMultiplier1);
+    x0 = p1.high().bit_xor(x1, keys.key0[r]);
+    x2 = p0.high().bit_xor(x3, keys.key1[r]);
+    x1 = p1;
+    x3 = p0;
+  }
+  w[0] = x0.join();
+  w[1] = x1.join();
+  w[2] = x2.join();
+  w[3] = x3.join();
 }
 
-// Words of call t for the columns k, k + 1, ..
+// Words of the columns k, k + 1, .. in the lanes, for one call after the other. Of the first two rounds, what depends on k is
+// done once here, what depends on the call is done on scalars, and only two exclusive ors a call meet both.
 template <class V>
-FERRET_HD void words_of_columns(Stream stream, uint64_t t, uint32_t k, typename V::I w[4]) {
-  philox<V>(V::set1(static_cast<uint32_t>(t)), V::set1(static_cast<uint32_t>(t >> 32)), V::add(V::set1(k), V::iota()),
-            V::set1(kContractTag | static_cast<uint32_t>(stream.basis)), stream.seed, w);
-}
+class ColumnWords {
+ public:
+  FERRET_HD ColumnWords(Stream stream, uint64_t t, uint32_t k)
+      : keys_(stream.seed), tag_(kContractTag | static_cast<uint32_t>(stream.basis)), high_(static_cast<uint32_t>(t >> 32)) {
+    const auto p1 = Halves<V>::split(V::add(V::set1(k), V::iota())).times(kPhiloxMultiplier1);
+    const auto p0 = p1.high().bit_xor(high_ ^ keys_.key0[0]).times(kPhiloxMultiplier0);
+    x1_ = p1;
+    x2_ = p0.high();
+    x3_ = p0;
+  }
+  // t must have the high half of the constructor's.
+  FERRET_HD void call(uint64_t t, typename V::I w[4]) const {
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * static_cast<uint32_t>(t);
+    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * (high_word(p0) ^ tag_ ^ keys_.key1[0]);
+    philox_rounds<V>(x1_.bit_xor(high_word(p1) ^ keys_.key0[1]), Halves<V>::all(static_cast<uint32_t>(p1)),
+                     x2_.bit_xor(static_cast<uint32_t>(p0) ^ keys_.key1[1]), x3_, keys_, w);
+  }
 
-// Words of column k for the calls t, t + 1, .., t a multiple of the number of lanes.
+ private:
+  PhiloxKeys keys_;
+  uint32_t tag_, high_;
+  Halves<V> x1_, x2_, x3_;
+};
+
+// Words of the calls t, t + 1, .. in the lanes, t a multiple of their number, for one column after the other; the first two
+// rounds as above with calls and columns exchanged.
 template <class V>
-FERRET_HD void words_of_calls(Stream stream, uint64_t t, uint32_t k, typename V::I w[4]) {
-  philox<V>(V::add(V::set1(static_cast<uint32_t>(t)), V::iota()), V::set1(static_cast<uint32_t>(t >> 32)), V::set1(k),
-            V::set1(kContractTag | static_cast<uint32_t>(stream.basis)), stream.seed, w);
-}
+class CallWords {
+ public:
+  FERRET_HD CallWords(Stream stream, uint64_t t) : keys_(stream.seed), high_(static_cast<uint32_t>(t >> 32)) {
+    const uint32_t tag = kContractTag | static_cast<uint32_t>(stream.basis);
+    const auto p0 =
+        Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota())).times(kPhiloxMultiplier0);
+    const auto p1 = p0.high().bit_xor(tag ^ keys_.key1[0]).times(kPhiloxMultiplier1);
+    x0_ = p1.high();
+    x1_ = p1;
+    x3_ = p0;
+  }
+  FERRET_HD void column(uint32_t k, typename V::I w[4]) const {
+    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * k;
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * (high_word(p1) ^ high_ ^ keys_.key0[0]);
+    philox_rounds<V>(x0_.bit_xor(static_cast<uint32_t>(p1) ^ keys_.key0[1]), x1_,
+                     x3_.bit_xor(high_word(p0) ^ keys_.key1[1]), Halves<V>::all(static_cast<uint32_t>(p0)), keys_, w);
+  }
+
+ private:
+  PhiloxKeys keys_;
+  uint32_t high_;
+  Halves<V> x0_, x1_, x3_;
+};
 
 // box_muller of core/stream.h over the lanes, operation by operation.
 template <class V>
@@ -153,10 +216,11 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   for (int m = first_call * 32; m < last_call * 32; ++m) V::store_subset_sums(tables[m], q + 4 * m);
 
   for (int i = 0; i < count; i += V::lanes) {
+    const ColumnWords<V> columns(stream, tile * (kTile / 128), first + static_cast<uint32_t>(i));
     I sums[4] = {V::set1(0u), V::set1(0u), V::set1(0u), V::set1(0u)};
     for (int call = first_call; call < last_call; ++call) {
       I w[4];
-      words_of_columns<V>(stream, tile * (kTile / 128) + call, first + static_cast<uint32_t>(i), w);
+      columns.call(tile * (kTile / 128) + call, w);
       for (int word = 0; word < 4; ++word) {
         unroll(Nibbles(), [&](auto n) {
           const auto table = V::load_table(tables[call * 32 + word * 8 + n]);
@@ -186,10 +250,11 @@ void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stre
   }
   const I even_bytes = V::set1(0x00FF00FFu);
   for (int i = 0; i < count; i += V::lanes) {
+    const ColumnWords<V> columns(stream, tile * (kTile / 16), first + static_cast<uint32_t>(i));
     I high = V::set1(0u), low = V::set1(0u);
     for (int call = first_call; call < last_call; ++call) {
       I w[4];
-      words_of_columns<V>(stream, tile * (kTile / 16) + call, first + static_cast<uint32_t>(i), w);
+      columns.call(tile * (kTile / 16) + call, w);
       for (int word = 0; word < 4; ++word) {
         const auto& pair = pairs[call * 4 + word];
         const I bytes[2] = {V::bit_and(w[word], even_bytes), V::bit_and(V::template shift_right<8>(w[word]), even_bytes)};
@@ -212,11 +277,12 @@ void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Str
   using I = typename V::I;
   const int first_call = begin / 4, last_call = (end + 3) / 4;
   for (int i = 0; i < count; i += V::lanes) {
+    const ColumnWords<V> columns(stream, tile * (kTile / 4), first + static_cast<uint32_t>(i));
     WideSum<V> sum;
     sum.clear();
     for (int call = first_call; call < last_call; ++call) {
       I w[4], b[4];
-      words_of_columns<V>(stream, tile * (kTile / 4) + call, first + static_cast<uint32_t>(i), w);
+      columns.call(tile * (kTile / 4) + call, w);
       box_muller<V>(w[0], w[1], b[0], b[1]);
       box_muller<V>(w[2], w[3], b[2], b[3]);
       for (int e = 0; e < 4; ++e) sum.add_product(b[e], V::set1(static_cast<uint32_t>(q[4 * call + e])));
@@ -277,7 +343,7 @@ FERRET_HD void transpose_nibbles(typename V::I x[4]) {
 }
 
 template <class V, class Real>
-void rademacher_add_group(const Group<Real>& group, Stream stream, uint64_t t, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void rademacher_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   const int quads = (columns + 3) / 4;
@@ -286,7 +352,7 @@ void rademacher_add_group(const Group<Real>& group, Stream stream, uint64_t t, u
   uint32_t total[limbs] = {};
   for (int quad = 0; quad < quads; ++quad) {
     I w[4][4];  // [column][word]
-    for (int c = 0; c < 4; ++c) words_of_calls<V>(stream, t, first + static_cast<uint32_t>(4 * quad + c), w[c]);
+    for (int c = 0; c < 4; ++c) calls.column(first + static_cast<uint32_t>(4 * quad + c), w[c]);
     for (int word = 0; word < 4; ++word) {
       I rows[4] = {w[0][word], w[1][word], w[2][word], w[3][word]};
       transpose_nibbles<V>(rows);
@@ -325,14 +391,14 @@ void rademacher_add_group(const Group<Real>& group, Stream stream, uint64_t t, u
 }
 
 template <class V, class Real>
-void uniform_add_group(const Group<Real>& group, Stream stream, uint64_t t, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void uniform_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   const int pairs = (columns + 1) / 2;
   alignas(64) int32_t words[kGroup][4][V::lanes];
   for (int k = 0; k < 2 * pairs; ++k) {
     I w[4];
-    words_of_calls<V>(stream, t, first + static_cast<uint32_t>(k), w);
+    calls.column(first + static_cast<uint32_t>(k), w);
     for (int word = 0; word < 4; ++word) V::store(words[k][word], w[word]);
   }
   int64_t total[limbs] = {};
@@ -364,7 +430,7 @@ void uniform_add_group(const Group<Real>& group, Stream stream, uint64_t t, uint
 }
 
 template <class V, class Real>
-void gaussian_add_group(const Group<Real>& group, Stream stream, uint64_t t, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void gaussian_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   WideSum<V> sums[limbs][4];
@@ -373,7 +439,7 @@ void gaussian_add_group(const Group<Real>& group, Stream stream, uint64_t t, uin
   }
   for (int k = 0; k < columns; ++k) {
     I w[4], b[4];
-    words_of_calls<V>(stream, t, first + static_cast<uint32_t>(k), w);
+    calls.column(first + static_cast<uint32_t>(k), w);
     box_muller<V>(w[0], w[1], b[0], b[1]);
     box_muller<V>(w[2], w[3], b[2], b[3]);
     for (int limb = 0; limb < limbs; ++limb) {
@@ -397,7 +463,7 @@ void sum_columns(const SpanSum<Real>& s) {
   CallSums<V, Real> calls;
   const int step = e * V::lanes;
   for (int begin = s.begin / step * step; begin < s.end; begin += step) {
-    const uint64_t t = (s.span * kSpan + begin) / e;
+    const CallWords<V> words(s.stream, (s.span * kSpan + begin) / e);
     memset(calls.h, 0, sizeof(calls.h[0]) * e);
     memset(calls.total, 0, sizeof(calls.total[0]) * e);
     const auto close_fold = [&] {
@@ -409,7 +475,7 @@ void sum_columns(const SpanSum<Real>& s) {
     for (int64_t first = 0; first < s.columns; first += kGroup) {
       const int columns = static_cast<int>(s.columns - first < kGroup ? s.columns - first : kGroup);
       const int64_t group = first / kGroup;
-      add_group(s.groups[group], s.stream, t, static_cast<uint32_t>(first), columns, calls.h);
+      add_group(s.groups[group], words, static_cast<uint32_t>(first), columns, calls.h);
       if (group % kFoldRadix == kFoldRadix - 1) close_fold();
     }
     close_fold();
