@@ -1,0 +1,87 @@
+# make demo    sets everything up and runs federated Ferret on a small model (2 minutes)
+# make test    sets everything up and runs the tests
+#
+# PYTHON, VENV and TORCH may be set: make test PYTHON=python3.12 TORCH=torch==2.14.1
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+PYTEST_ARGS ?=
+
+pip_install := pip install $(if $(CI),-q)
+bin := $(abspath $(VENV))/bin
+cuda_bin := $(abspath $(CUDA_VENV))/bin
+native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
+cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp)
+python := ferret_ext tests benchmarks python_examples csrc setup.py
+
+.PHONY: help demo test test-all cpp-test lint format cuda-build clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/package
+	$(bin)/ferret simulate --preset demo --out runs/demo --overwrite
+
+test: $(VENV)/package
+	$(bin)/pytest -m "not slow" $(PYTEST_ARGS)
+
+# make test-all   the slow tests too
+test-all: $(VENV)/package
+	$(bin)/pytest $(PYTEST_ARGS)
+
+# make cpp-test   the C++ tests: as released, then with AddressSanitizer and UndefinedBehaviorSanitizer
+define ctest
+$(bin)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja -DPython_EXECUTABLE=$(bin)/python \
+	-DFERRET_BINDINGS=OFF -DFERRET_CUDA=OFF -DFERRET_TESTS=ON -DFERRET_WERROR=ON -DFERRET_SANITIZE=$(2)
+$(bin)/cmake --build $(1)
+$(bin)/ctest --test-dir $(1) --output-on-failure
+endef
+cpp-test: $(VENV)/tools
+	$(call ctest,build/cpp-release,OFF)
+	$(call ctest,build/cpp-sanitized,ON)
+
+# make lint       formatting, common mistakes and types
+lint: $(VENV)/dev
+	$(bin)/ruff check $(python)
+	$(bin)/ruff format --check $(python)
+	$(bin)/mypy
+	$(bin)/clang-format --dry-run -Werror $(cpp)
+
+# make format     what lint can repair
+format: $(VENV)/dev
+	$(bin)/ruff check --fix $(python)
+	$(bin)/ruff format $(python)
+	$(bin)/clang-format -i $(cpp)
+
+# make cuda-build compiles and imports the CUDA library against a CUDA torch; needs nvcc and no GPU
+cuda-build: $(CUDA_VENV)/torch
+	FERRET_CUDA=ON CMAKE_ARGS=-DFERRET_WERROR=ON $(cuda_bin)/$(pip_install) ".[test]"
+	$(cuda_bin)/pytest tests/test_packaging.py
+	cp build/*-$(subst ==,-,$(CUDA_TORCH))*/kernel_resources.txt build/kernel_resources.txt
+	cat build/kernel_resources.txt
+
+# make clean      removes what make made, but runs/
+clean:
+	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) ferret_ext/lib ferret_ext/_native.*.so
+
+# What the targets stand on: an environment with build tools, the package in it, and what lint needs.
+$(VENV)/tools:
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/$(pip_install) "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
+	@touch $@
+
+$(VENV)/package: $(VENV)/tools $(native)
+	$(bin)/$(pip_install) $(TORCH)
+	CMAKE_ARGS=-DFERRET_WERROR=$(if $(CI),ON,OFF) $(bin)/$(pip_install) --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/package
+	$(bin)/$(pip_install) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(CUDA_VENV)/torch:
+	@test -x "$$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" || { echo "nvcc is missing: install the CUDA toolkit"; exit 1; }
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(cuda_bin)/$(pip_install) $(CUDA_TORCH)
+	@touch $@

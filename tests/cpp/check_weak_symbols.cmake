@@ -1,0 +1,11 @@
+# Fails when an object compiled for one instruction set defines a symbol that the linker may merge with another object's.
+list(FILTER OBJECTS INCLUDE REGEX "/avx[^/]*$")
+foreach(object IN LISTS OBJECTS)
+  execute_process(COMMAND ${NM} --demangle --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" weak "${symbols}")
+  if(weak)
+    list(JOIN weak "\n" weak)
+    message(FATAL_ERROR "${object} defines weak symbols:\n${weak}")
+  endif()
+  message(STATUS "no weak symbols in ${object}")
+endforeach()
