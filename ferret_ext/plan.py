@@ -1,0 +1,377 @@
+"""Block plans: how a model is cut into blocks and how many of the K coordinates each block gets.
+
+Block l holds d_l elements and K_l of the K bases (arXiv 2409.06277, equation 8). Projecting L equal blocks
+costs 1/L of projecting the model as one block, at the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["tensor", "packed"]
+Allocation = Literal["size", "equal", "norm", "sqrt-norm", "mse"]
+
+TILE = 512  # stream elements that share a scale in project; blocks start at multiples of it
+PACKING_TARGET = 0.9  # "packed" fills a block up to this share of the parameters' median size
+FORMAT = 1  # of to_dict
+_NORM_CHUNK = 1 << 22  # elements widened to float64 at a time by block_norms
+
+
+@dataclass(frozen=True)
+class Block:
+    """`numel` stream elements from `offset` on, projected onto `k` bases."""
+
+    name: str
+    offset: int
+    numel: int
+    k: int
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The blocks of a model, as an immutable value that server and clients share.
+
+    tensors: (name, numel) of every tensor, in the order in which lists of tensors are passed.
+    blocks: consecutive runs of the tensors' concatenation; offsets are ascending multiples of 512.
+    Raises ValueError where the two do not fit together. The other attributes follow from them:
+
+    K: coordinates in all.
+    starts: the first coordinate of each block in the flat gammas [K].
+    blocks_table: int64 [L, 4], offset, numel, k, start of each block.
+    pieces_table: int64 [P, 5], tensor, start, length, offset, block of each piece. A piece is a run of one
+        tensor within one block: its elements [start, start + length) are stream elements
+        [offset, offset + length).
+    """
+
+    tensors: tuple[tuple[str, int], ...]
+    blocks: tuple[Block, ...]
+    K: int = field(init=False, repr=False, compare=False)
+    starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    blocks_table: Tensor = field(init=False, repr=False, compare=False)
+    pieces_table: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_tensors(self.tensors)
+        _check_blocks(self.blocks)
+        in_tensors = sum(numel for _, numel in self.tensors)
+        in_blocks = sum(block.numel for block in self.blocks)
+        if in_tensors != in_blocks:
+            raise ValueError(
+                f"BlockPlan: blocks must cover the tensors' {in_tensors} elements, got {in_blocks}"
+            )
+        *starts, total = accumulate((block.k for block in self.blocks), initial=0)
+        rows = [
+            (block.offset, block.numel, block.k, start)
+            for block, start in zip(self.blocks, starts, strict=True)
+        ]
+        derived = {
+            "K": total,
+            "starts": tuple(starts),
+            "blocks_table": torch.tensor(rows, dtype=torch.int64),
+            "pieces_table": torch.tensor(list(_pieces(self.tensors, self.blocks)), dtype=torch.int64),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    @classmethod
+    def from_parameters(
+        cls,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        K: int,
+        *,
+        granularity: Granularity | int = "tensor",
+        allocation: Allocation = "size",
+        norms: Sequence[float] | None = None,
+    ) -> BlockPlan:
+        """A plan over the trainable parameters of a model, e.g. of `model.named_parameters()`.
+
+        Parameters that are frozen, empty or seen before (tied) are left out.
+        granularity: "tensor", a block a parameter; "packed", whole parameters in order, a block closing when
+        it reaches 0.9 times the median parameter; an int N, blocks of N elements of the concatenation.
+        allocation, norms: see `with_allocation`.
+        """
+        tensors = tuple((name, parameter.numel()) for name, parameter in _trainable(named_parameters))
+        if not tensors:
+            raise ValueError(
+                "BlockPlan.from_parameters: expected a non-empty parameter that requires grad, got none"
+            )
+        spans = _cut(tensors, granularity)
+        numels = [numel for _, numel in spans]
+        counts = _allocate(numels, K, allocation, norms)
+        blocks = map(Block, [name for name, _ in spans], _tile_aligned_offsets(numels), numels, counts)
+        return cls(tensors, tuple(blocks))
+
+    def with_allocation(
+        self, allocation: Allocation, K: int | None = None, norms: Sequence[float] | None = None
+    ) -> BlockPlan:
+        """The same blocks with other K_l >= 1, whose sum is exactly K (default: the plan's).
+
+        allocation: K_l in proportion to d_l ("size"), 1 ("equal"), ||delta_l|| ("norm", as in the paper's
+        experiments), sqrt(||delta_l||) ("sqrt-norm", its proposition 2) or ||delta_l|| sqrt(d_l) ("mse", the
+        least mean-square error).
+        norms: ||delta_l|| of each block for the last three, e.g. from `block_norms`; all zero means "equal".
+        Raises ValueError if K is below the number of blocks, or a norm is missing, negative or not finite.
+        """
+        counts = _allocate(
+            [block.numel for block in self.blocks], self.K if K is None else K, allocation, norms
+        )
+        blocks = (
+            Block(block.name, block.offset, block.numel, k)
+            for block, k in zip(self.blocks, counts, strict=True)
+        )
+        return BlockPlan(self.tensors, tuple(blocks))
+
+    def select(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """The plan's tensors in its order, by name; ValueError if one is missing or has another length."""
+        by_name = dict(named_tensors)
+        missing = [name for name, _ in self.tensors if name not in by_name]
+        if missing:
+            raise ValueError(
+                f"BlockPlan.select: expected a tensor for every name of the plan, {missing[0]!r} is missing"
+            )
+        selected = [by_name[name] for name, _ in self.tensors]
+        self._check_lengths("select", selected)
+        return selected
+
+    def split(self, gammas: Tensor) -> list[Tensor]:
+        """The flat gammas [K] as one view [K_l] a block."""
+        if gammas.dim() != 1 or gammas.numel() != self.K:
+            raise ValueError(f"BlockPlan.split: gammas must have shape [{self.K}], got {list(gammas.shape)}")
+        return list(gammas.split_with_sizes([block.k for block in self.blocks]))
+
+    def block_norms(self, tensors: Sequence[Tensor]) -> list[float]:
+        """The Euclidean norm of each block, in float64; tensors in the plan's order, of any float dtype."""
+        self._check_lengths("block_norms", tensors)
+        return self._norms([tensor.detach().reshape(-1) for tensor in tensors], None)
+
+    def block_norms_of_difference(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[float]:
+        """The norm of each block of old - new, which is never held as a whole."""
+        self._check_lengths("block_norms_of_difference", old)
+        self._check_lengths("block_norms_of_difference", new)
+        return self._norms(*([tensor.detach().reshape(-1) for tensor in tensors] for tensors in (old, new)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain lists, dicts, strings and ints, ready for JSON."""
+        tensors = [[name, numel] for name, numel in self.tensors]
+        blocks = [[block.name, block.offset, block.numel, block.k] for block in self.blocks]
+        return {"format": FORMAT, "tensors": tensors, "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BlockPlan:
+        """The inverse of `to_dict`; ValueError for anything that `to_dict` cannot have written."""
+        if not isinstance(data, Mapping) or set(data) != {"format", "tensors", "blocks"}:
+            got = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"BlockPlan.from_dict: expected the keys blocks, format, tensors, got {got}")
+        if data["format"] != FORMAT:
+            raise ValueError(f"BlockPlan.from_dict: expected format {FORMAT}, got {data['format']!r}")
+        tensors = tuple((name, numel) for name, numel in _rows(data, "tensors", 2))
+        return cls(tensors, tuple(Block(*row) for row in _rows(data, "blocks", 4)))
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON as hex: equal digests mean equal plans."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _check_lengths(self, where: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self.tensors):
+            raise ValueError(f"BlockPlan.{where}: expected {len(self.tensors)} tensors, got {len(tensors)}")
+        for (name, numel), tensor in zip(self.tensors, tensors, strict=True):
+            if tensor.numel() != numel:
+                raise ValueError(
+                    f"BlockPlan.{where}: {name!r} must have {numel} elements, got {tensor.numel()}"
+                )
+
+    def _norms(self, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> list[float]:
+        parts: list[list[float]] = [[] for _ in self.blocks]
+        for tensor, start, length, _, block in self.pieces_table.tolist():
+            for begin in range(start, start + length, _NORM_CHUNK):
+                run = slice(begin, min(begin + _NORM_CHUNK, start + length))
+                values = tensors[tensor][run].double()
+                if minus is not None:
+                    values = values - minus[tensor][run].double()
+                parts[block].append(torch.linalg.vector_norm(values).item())
+        return [math.hypot(*norms) for norms in parts]
+
+
+def _trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each non-empty parameter that requires grad, once."""
+    seen: set[int] = set()
+    for name, parameter in named_parameters:
+        if parameter.requires_grad and parameter.numel() > 0 and id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
+def _cut(tensors: Sequence[tuple[str, int]], granularity: Granularity | int) -> list[tuple[str, int]]:
+    """(name, numel) of each block."""
+    if granularity == "tensor":
+        return list(tensors)
+    if granularity == "packed":
+        return _pack(tensors)
+    if isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1:
+        total = sum(numel for _, numel in tensors)
+        ends = [*range(granularity, total, granularity), total]
+        return [(f"[{begin}:{end}]", end - begin) for begin, end in pairwise([0, *ends])]
+    raise ValueError(f'BlockPlan: granularity must be "tensor", "packed" or an int >= 1, got {granularity!r}')
+
+
+def _pack(tensors: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Whole tensors in order, a block closing as soon as it reaches the target."""
+    target = PACKING_TARGET * statistics.median(numel for _, numel in tensors)
+    packed, names, size = [], [], 0
+    for index, (name, numel) in enumerate(tensors):
+        names.append(name)
+        size += numel
+        if size >= target or index == len(tensors) - 1:
+            packed.append((name if len(names) == 1 else f"{names[0]}..{name}", size))
+            names, size = [], 0
+    return packed
+
+
+def _tile_aligned_offsets(numels: Sequence[int]) -> list[int]:
+    return list(accumulate((-(-numel // TILE) * TILE for numel in numels[:-1]), initial=0))
+
+
+def _allocate(
+    numels: Sequence[int], K: int, allocation: Allocation, norms: Sequence[float] | None
+) -> list[int]:
+    """K_l of each block."""
+    _check_int("BlockPlan: K", K, 1, 2**63 - 1)
+    if len(numels) > K:
+        raise ValueError(
+            f"BlockPlan: K must be at least the number of blocks, got K = {K} for {len(numels)} blocks; "
+            "raise K or use a coarser granularity"
+        )
+    return _share_out(K, _weights(numels, allocation, norms))
+
+
+def _weights(numels: Sequence[int], allocation: Allocation, norms: Sequence[float] | None) -> list[int]:
+    """What K_l is proportional to, as integers, so that sharing out is exact and the same everywhere."""
+    if allocation not in get_args(Allocation):
+        raise ValueError(
+            f"BlockPlan: allocation must be one of {', '.join(get_args(Allocation))}, got {allocation!r}"
+        )
+    if allocation == "size":
+        return list(numels)
+    if allocation == "equal":
+        return [1] * len(numels)
+    values = _checked_norms(norms, len(numels), allocation)
+    largest = max(values)
+    if largest == 0:  # nothing to tell the blocks apart by
+        return [1] * len(numels)
+    relative = [value / largest for value in values]
+    if allocation == "sqrt-norm":
+        relative = [math.sqrt(norm) for norm in relative]
+    elif allocation == "mse":
+        relative = [norm * math.sqrt(numel) for norm, numel in zip(relative, numels, strict=True)]
+    return [round(weight * 2**60) for weight in relative]
+
+
+def _checked_norms(norms: Sequence[float] | None, count: int, allocation: str) -> list[float]:
+    if norms is None or len(norms) != count:
+        got = "none" if norms is None else str(len(norms))
+        raise ValueError(
+            f'BlockPlan: allocation "{allocation}" needs norms, one a block: expected {count}, got {got}'
+        )
+    values = [float(norm) for norm in norms]
+    for index, value in enumerate(values):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"BlockPlan: norms must be finite and >= 0, got {value} for block {index}")
+    return values
+
+
+def _share_out(K: int, weights: Sequence[int]) -> list[int]:
+    """K as integers >= 1 in proportion to the weights: largest remainders, ties to the earlier block.
+
+    Blocks whose share is below 1 get 1, and the others share what is left.
+    """
+    shares = [1] * len(weights)
+    left, others = K, list(range(len(weights)))
+    while True:
+        total = sum(weights[i] for i in others)
+        small = {i for i in others if weights[i] * left < total}
+        if not small:
+            break
+        left -= len(small)
+        others = [i for i in others if i not in small]
+    for i in others:
+        shares[i] = weights[i] * left // total
+    spare = K - sum(shares)
+    for i in sorted(others, key=lambda i: -(weights[i] * left % total))[:spare]:
+        shares[i] += 1
+    return shares
+
+
+def _pieces(
+    tensors: Sequence[tuple[str, int]], blocks: Sequence[Block]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Walks tensors and blocks side by side, and cuts at the ends of either."""
+    tensor, start = 0, 0
+    for index, block in enumerate(blocks):
+        done = 0
+        while done < block.numel:
+            length = min(tensors[tensor][1] - start, block.numel - done)
+            yield tensor, start, length, block.offset + done, index
+            done += length
+            start += length
+            if start == tensors[tensor][1]:
+                tensor, start = tensor + 1, 0
+
+
+def _check_tensors(tensors: Sequence[tuple[str, int]]) -> None:
+    if not tensors:
+        raise ValueError("BlockPlan: expected at least one tensor, got none")
+    for name, numel in tensors:
+        _check_name("tensor", name)
+        _check_int(f"BlockPlan: numel of tensor {name!r}", numel, 1, 2**63 - 1)
+    if len({name for name, _ in tensors}) != len(tensors):
+        names = [name for name, _ in tensors]
+        raise ValueError(
+            f"BlockPlan: tensor names must differ, got {max(names, key=names.count)!r} more than once"
+        )
+
+
+def _check_blocks(blocks: Sequence[Block]) -> None:
+    end = 0
+    for block in blocks:
+        _check_name("block", block.name)
+        _check_int(f"BlockPlan: offset of block {block.name!r}", block.offset, 0, 2**63 - 1)
+        _check_int(f"BlockPlan: numel of block {block.name!r}", block.numel, 1, 2**63 - 1 - block.offset)
+        _check_int(f"BlockPlan: k of block {block.name!r}", block.k, 1, 2**32 - 1)
+        if block.offset % TILE or block.offset < end:
+            raise ValueError(
+                f"BlockPlan: block {block.name!r} must start at a multiple of {TILE} and not before {end}, "
+                f"got {block.offset}"
+            )
+        end = block.offset + block.numel
+
+
+def _check_name(kind: str, name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"BlockPlan: name of a {kind} must be a non-empty str, got {name!r}")
+
+
+def _check_int(what: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{what} must be an int in [{low}, {high}], got {value!r}")
+
+
+def _rows(data: Mapping[str, Any], key: str, width: int) -> list[Sequence[Any]]:
+    rows = data[key]
+    if not isinstance(rows, (list, tuple)) or any(
+        not isinstance(row, (list, tuple)) or len(row) != width for row in rows
+    ):
+        raise ValueError(
+            f"BlockPlan.from_dict: {key} must be a list of rows of {width} values, got {rows!r:.80}"
+        )
+    return list(rows)

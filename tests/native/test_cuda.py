@@ -1,0 +1,202 @@
+"""CUDA against the CPU, bit for bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import BASES, DTYPES, assert_same_bits, normal
+from torch import Tensor
+
+import ferret_ext
+from ferret_ext import BlockPlan
+
+pytestmark = pytest.mark.cuda
+
+SEED = 0xFE44E7
+# offset, numel, count, K: whole blocks and shards, aligned and not, in one node of the tree and over several
+PLACES = [
+    (0, None, 1, 1),
+    (3 * 512 + 77, None, 511, 64),
+    (0, None, 4096, 65),
+    (2**40 + 640, 2**41, 40001, 130),
+    (2**62 + 1, None, 2000, 300),
+    (63 * 512, None, 300000, 5),
+]
+
+
+@pytest.fixture(params=BASES)
+def basis(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def place_of(case: tuple[int, int | None, int, int], basis: str) -> tuple[dict[str, Any], int, int]:
+    offset, numel, count, K = case
+    return {"basis": basis, "offset": offset, "numel": numel}, count, K
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PLACES)
+def test_cuda_project_is_the_cpus(
+    case: tuple[int, int | None, int, int], dtype: torch.dtype, basis: str
+) -> None:
+    place, count, K = place_of(case, basis)
+    delta = normal(count, 1, dtype)
+    got = ferret_ext.project(delta.cuda(), SEED, K, **place)
+    assert got.is_cuda
+    assert_same_bits(got.cpu(), ferret_ext.project(delta, SEED, K, **place))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PLACES)
+def test_cuda_reconstruct_is_the_cpus(
+    case: tuple[int, int | None, int, int], dtype: torch.dtype, basis: str
+) -> None:
+    place, count, K = place_of(case, basis)
+    gamma = normal(K, 2)
+    got = ferret_ext.reconstruct(gamma.cuda(), SEED, count, dtype=dtype, **place)
+    assert got.is_cuda
+    assert_same_bits(got.cpu(), ferret_ext.reconstruct(gamma, SEED, count, dtype=dtype, **place))
+    moved = ferret_ext.reconstruct(gamma, SEED, count, dtype=dtype, device="cuda", **place)
+    assert_same_bits(moved.cpu(), got.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PLACES)
+def test_cuda_reconstruct_inplace_is_the_cpus(
+    case: tuple[int, int | None, int, int], dtype: torch.dtype, basis: str
+) -> None:
+    place, count, K = place_of(case, basis)
+    gamma, there = normal(K, 2), normal(count, 3, dtype).cuda()
+    ferret_ext.reconstruct_(there, gamma.cuda(), SEED, alpha=-0.3, **place)
+    here = ferret_ext.reconstruct_(normal(count, 3, dtype), gamma, SEED, alpha=-0.3, **place)
+    assert_same_bits(there.cpu(), here)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [0, 7, 2**32 - 1])
+def test_cuda_basis_is_the_cpus(k: int, dtype: torch.dtype, basis: str) -> None:
+    place = {"basis": basis, "offset": 3 * 512 + 77, "numel": 12345, "dtype": dtype}
+    got = ferret_ext.basis(SEED, k, (70, 100), device="cuda", **place)
+    assert_same_bits(got.cpu(), ferret_ext.basis(SEED, k, (70, 100), **place))
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 1e-20, 1e20, 1e30])
+def test_cuda_agrees_at_the_ends_of_the_range(scale: float, basis: str) -> None:
+    """Denormal and huge numbers, and one element 1e6 times the rest."""
+    delta = normal(3000, 4, torch.float64) * scale
+    delta[1234] *= 1e6
+    narrow, gamma = delta.float(), (normal(100, 5, torch.float64) * scale).float()
+    assert_same_bits(
+        ferret_ext.project(narrow.cuda(), SEED, 9, basis=basis).cpu(),
+        ferret_ext.project(narrow, SEED, 9, basis=basis),
+    )
+    assert_same_bits(
+        ferret_ext.reconstruct(gamma.cuda(), SEED, 3000, basis=basis).cpu(),
+        ferret_ext.reconstruct(gamma, SEED, 3000, basis=basis),
+    )
+
+
+def model(seed: int, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    return [normal(n, seed + i, dtypes[i % len(dtypes)]) for i, n in enumerate((30000, 5, 1, 700, 2048, 513))]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "packed", 1000])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32, torch.float16), DTYPES])
+def test_cuda_plan_operators_are_the_cpus(
+    granularity: str | int, dtypes: tuple[torch.dtype, ...], basis: str
+) -> None:
+    named = [(f"p{i}", tensor.requires_grad_()) for i, tensor in enumerate(model(0, (torch.float32,)))]
+    plan = BlockPlan.from_parameters(named, 300, granularity=granularity)
+    old, new = model(100, dtypes), model(200, dtypes)
+    gammas = ferret_ext.project_difference(plan, old, new, SEED, basis=basis)
+    there = [[tensor.cuda() for tensor in tensors] for tensors in (old, new)]
+    assert_same_bits(ferret_ext.project_difference(plan, *there, SEED, basis=basis).cpu(), gammas)
+    updates = [(1, gammas, 0.5), (2, gammas.flip(0), -0.25), (3, gammas * 1e-3, 2.0)]
+    ferret_ext.apply_(plan, new, updates, 0.1, basis=basis)
+    ferret_ext.apply_(plan, there[1], [(seed, g.cuda(), w) for seed, g, w in updates], 0.1, basis=basis)
+    for got, expected in zip(there[1], new, strict=True):
+        assert_same_bits(got.cpu(), expected)
+
+
+def test_cuda_results_are_the_same_when_repeated(basis: str) -> None:
+    delta = normal(500000).cuda()
+    expected = ferret_ext.project(delta, SEED, 200, basis=basis)
+    for _ in range(5):
+        assert_same_bits(ferret_ext.project(delta, SEED, 200, basis=basis), expected)
+
+
+def test_cuda_strided_tensors_work() -> None:
+    x = normal(3000).view(50, 60)
+    assert_same_bits(ferret_ext.project(x.cuda().T, SEED, 9).cpu(), ferret_ext.project(x.T, SEED, 9))
+    there, here = x.cuda()[:, ::3], x.clone()[:, ::3]
+    ferret_ext.reconstruct_(there, normal(9).cuda(), SEED)
+    assert_same_bits(there.cpu(), ferret_ext.reconstruct_(here, normal(9), SEED))
+
+
+def test_cuda_uses_the_current_stream() -> None:
+    """Work queued on a side stream before the operator must be seen by it."""
+    delta = normal(100000)
+    expected = ferret_ext.project(delta * 2, SEED, 50)
+    stream = torch.cuda.Stream()
+    there = delta.cuda()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        there.mul_(2)
+        got = torch.ops.ferret.project(there, SEED, 50, 1, 0, there.numel())
+    stream.synchronize()
+    assert_same_bits(got.cpu(), expected)
+
+
+def test_cuda_graph_replays_project_and_apply() -> None:
+    delta, gamma = normal(10000).cuda(), torch.zeros(20, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ferret_ext.project(delta, SEED, 20)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gamma.copy_(ferret_ext.project(delta, SEED, 20))
+    delta.copy_(normal(10000, 9))
+    graph.replay()
+    assert_same_bits(gamma.cpu(), ferret_ext.project(normal(10000, 9), SEED, 20))
+
+
+def test_cuda_not_finite_is_an_error_and_leaves_parameters_untouched() -> None:
+    delta = normal(7000).cuda()
+    delta[4321] = float("nan")
+    with pytest.raises(ValueError, match=r"delta must be finite.*1 of 7000.*index 4321"):
+        ferret_ext.project(delta, SEED, 9)
+    gamma, param = normal(9).cuda(), normal(700).cuda()
+    gamma[3] = float("inf")
+    with pytest.raises(ValueError, match=r"gamma must be finite.*1 of 9.*index 3"):
+        ferret_ext.reconstruct_(param, gamma, SEED)
+    assert_same_bits(param.cpu(), normal(700))
+
+
+def test_cuda_and_cpu_tensors_do_not_mix() -> None:
+    with pytest.raises(ValueError, match=r"gamma.*param.*cuda:0.*got cpu"):
+        ferret_ext.reconstruct_(normal(700).cuda(), normal(9), SEED)
+
+
+def test_cuda_zero_length_gives_zeros() -> None:
+    empty = torch.zeros(0, device="cuda")
+    assert_same_bits(ferret_ext.project(empty, SEED, 6).cpu(), torch.zeros(6))
+    assert ferret_ext.reconstruct(normal(6).cuda(), SEED, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_cuda_opcheck(kind: int) -> None:
+    torch.library.opcheck(
+        torch.ops.ferret.project, (normal(600).cuda().requires_grad_(), 5, 9, kind, 77, 1000)
+    )
+    gamma = normal(9).cuda().requires_grad_()
+    torch.library.opcheck(torch.ops.ferret.reconstruct, (gamma, 5, 600, kind, 77, 1000, torch.float32))
+
+
+def test_cuda_gradcheck() -> None:
+    delta = normal(60, dtype=torch.float64).cuda().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ferret_ext.project(x, 5, 7), delta)
+    gamma = normal(7, dtype=torch.float64).cuda().requires_grad_()
+    assert torch.autograd.gradcheck(lambda g: ferret_ext.reconstruct(g, 5, 60, dtype=torch.float64), gamma)

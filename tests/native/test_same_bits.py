@@ -1,0 +1,151 @@
+"""Nothing but (seed, basis, j, k) enters an element: not slicing, threads, instruction set or repetition."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support import BASES, DTYPES, assert_same_bits, normal
+from torch import Tensor
+
+import ferret_ext
+
+SEED = 0xFE44E7
+OFFSETS = (0, 512, 3 * 512 + 77, 2**40 + 640, 2**62 + 1)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("basis", BASES)
+def test_basis_slice_of_stream_is_stream_of_slice(isa: str, basis: str, offset: int) -> None:
+    whole = ferret_ext.basis(SEED, 3, 3000, basis=basis, offset=offset)
+    for start, stop in ((0, 1), (1, 2), (127, 131), (500, 1700), (2999, 3000)):
+        part = ferret_ext.basis(SEED, 3, stop - start, basis=basis, offset=offset + start, numel=3000)
+        assert_same_bits(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("basis", BASES)
+def test_reconstruct_slice_of_stream_is_stream_of_slice(isa: str, basis: str, offset: int) -> None:
+    gamma = normal(100)
+    whole = ferret_ext.reconstruct(gamma, SEED, 3000, basis=basis, offset=offset)
+    for start, stop in ((0, 1), (1, 2), (127, 131), (500, 1700), (2999, 3000)):
+        part = ferret_ext.reconstruct(
+            gamma, SEED, stop - start, basis=basis, offset=offset + start, numel=3000
+        )
+        assert_same_bits(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reconstruct_inplace_slice_is_slice_of_whole(isa: str, dtype: torch.dtype) -> None:
+    gamma, param = normal(70), normal(2500, 1, dtype)
+    part = param[700:1300].clone()
+    ferret_ext.reconstruct_(param, gamma, SEED, alpha=-0.3, offset=99)
+    ferret_ext.reconstruct_(part, gamma, SEED, alpha=-0.3, offset=99 + 700, numel=2500)
+    assert_same_bits(part, param[700:1300])
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_project_zeros_outside_a_slice_change_nothing(isa: str, basis: str) -> None:
+    """A slice has the coordinates of the whole with zeros around it."""
+    delta = torch.zeros(5000)
+    delta[1024:3000] = normal(1976)
+    whole = ferret_ext.project(delta, SEED, 40, basis=basis)
+    part = ferret_ext.project(delta[1024:3000], SEED, 40, basis=basis, offset=1024, numel=5000)
+    assert_same_bits(part, whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("basis", BASES)
+def test_project_shards_add_up(basis: str, dtype: torch.dtype) -> None:
+    """To rounding only: each shard is within 1e-5 of its own exact coordinates, and so is the whole."""
+    delta, offset = normal(40000, dtype=dtype), 2**40 + 640
+    place = {"basis": basis, "numel": 40000}
+    whole = ferret_ext.project(delta, SEED, 100, offset=offset, **place)
+    starts = range(0, 40000, 7001)
+    shards = [
+        ferret_ext.project(delta[start : start + 7001], SEED, 100, offset=offset + start, **place)
+        for start in starts
+    ]
+    bound = 1e-5 * (whole.norm() + sum(shard.norm() for shard in shards))
+    assert (torch.stack(shards).sum(0) - whole).norm() <= bound
+
+
+def results(basis: str, dtype: torch.dtype) -> list[Tensor]:
+    """One of everything, over several tiles, spans and groups of columns."""
+    delta, gamma = normal(35000, 1, dtype), normal(70, 2)
+    place = {"basis": basis, "offset": 3 * 512 + 77, "numel": 50000}
+    return [
+        ferret_ext.project(delta, SEED, 70, **place),
+        ferret_ext.reconstruct(gamma, SEED, delta.shape, dtype=dtype, **place),
+        ferret_ext.reconstruct_(delta.clone(), gamma, SEED, alpha=0.3, **place),
+        ferret_ext.basis(SEED, 69, delta.shape, dtype=dtype, **place),
+    ]
+
+
+@pytest.fixture(
+    params=[(basis, dtype) for basis in BASES for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}"
+)
+def compute(request: pytest.FixtureRequest) -> Callable[[], list[Tensor]]:
+    return lambda: results(*request.param)
+
+
+def test_results_are_the_same_for_every_number_of_threads(
+    compute: Callable[[], list[Tensor]], restored_threads: None
+) -> None:
+    torch.set_num_threads(1)
+    expected = compute()
+    for threads in (2, 3, 4, 7):
+        torch.set_num_threads(threads)
+        for got, one_thread in zip(compute(), expected, strict=True):
+            assert_same_bits(got, one_thread)
+
+
+def test_results_are_the_same_for_every_instruction_set(
+    compute: Callable[[], list[Tensor]], isa: str, restored_threads: None
+) -> None:
+    got = compute()
+    assert ferret_ext.cpu_capability()["isa"] == isa
+    ferret_ext.set_cpu_isa("scalar")
+    for a, b in zip(got, compute(), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_results_are_the_same_when_repeated(compute: Callable[[], list[Tensor]]) -> None:
+    expected = compute()
+    for _ in range(3):
+        for got, first in zip(compute(), expected, strict=True):
+            assert_same_bits(got, first)
+
+
+def test_project_on_many_threads_at_once_gives_the_same_bits() -> None:
+    """Callers' own threads share the processor's threads, and nothing else."""
+    delta = normal(30000)
+    expected = [ferret_ext.project(delta, seed, 70) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda seed: ferret_ext.project(delta, seed, 70), range(8)))
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_seeds_and_columns_beyond_32_bits_matter(basis: str) -> None:
+    columns = [
+        ferret_ext.basis(seed, k, 256, basis=basis, offset=offset)
+        for seed, k, offset in (
+            (1, 0, 0),
+            (1 + 2**32, 0, 0),
+            (1, 1, 0),
+            (1, 2**31, 0),
+            (1, 0, 2**40),
+            (1, 0, 2**61),
+        )
+    ]
+    for i, a in enumerate(columns):
+        for b in columns[:i]:
+            assert (a != b).any()
+
+
+def test_seed_negative_stands_for_seed_plus_2_to_64() -> None:
+    delta = normal(600)
+    assert_same_bits(ferret_ext.project(delta, -1, 9), ferret_ext.project(delta, 2**64 - 1, 9))
+    assert_same_bits(ferret_ext.project(delta, -(2**63), 9), ferret_ext.project(delta, 2**63, 9))
