@@ -1,9 +1,9 @@
 // param = fma(T, C, param), T the weighted sum of the updates' H (docs/streams.md, "reconstruct and apply").
 //
-// Two small kernels turn coordinates into integers (prepare.cuh). Then a warp takes 128 stream elements of one block: for 32
-// columns at a time its lanes make the words, one Philox call each, and share them through shared memory; a lane sums its own
-// four elements over all columns and updates, and reads and writes their parameters once. Warps never wait for each other.
-// Groups of 64 columns are summed exactly, in int32 or int64; groups and updates are folded in the contract's order.
+// Two small kernels turn coordinates into integers (prepare.cuh). Then a warp takes 128 stream elements of one block:
+// for 32 columns at a time its lanes make the words, one Philox call each, and share them through shared memory; a lane
+// sums its own four elements over all columns and updates, and reads and writes their parameters once. Warps never wait
+// for each other. Groups of 64 columns are summed exactly in int64; groups and updates are folded in the contract's order.
 #include "lanes.cuh"
 #include "prepare.cuh"
 
@@ -68,40 +68,42 @@ __device__ __forceinline__ void fill(const Columns& columns, const int32_t* cons
   }
 }
 
-template <Basis basis>
-using Sums = typename Kind<basis>::Sum[kOwned];
-
-// sums += c * raw for the lane's elements in one column.
-__device__ __forceinline__ void add_column(Kind<Basis::rademacher>, const Words* words, int lane, int32_t c, int32_t (&sums)[kOwned]) {
-  const Words column = *words;
+// The raw numbers of the lane's elements in the chunk's column k. A rademacher bit stays where it is in its word: it
+// counts 2^lane, so -2^31 in the last lane, until raw_sum divides that out.
+template <Basis basis, class Real>
+__device__ __forceinline__ void owned_raw(const Columns& columns, const Chunk<basis, Real>& chunk, int k, int lane,
+                                          int32_t (&raw)[kOwned]) {
+  if constexpr (basis == Basis::gaussian) {
+    owned_integers<basis>(columns.seed, columns.span, static_cast<uint32_t>(columns.first + k), lane, raw);
+  } else if constexpr (basis == Basis::uniform) {
+    const uint32_t word = chunk.words[k * kCallsPerSpan<basis> + lane / 4].w[lane % 4];
 #pragma unroll
-  for (int i = 0; i < kOwned; ++i) {
-    if (column.w[i] & (1u << lane)) sums[i] += c;
+    for (int i = 0; i < kOwned; ++i) raw[i] = static_cast<int32_t>((word >> (8 * i)) & 255u);
+  } else {
+    const Words words = chunk.words[k];
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) raw[i] = static_cast<int32_t>(words.w[i] & (1u << lane));
   }
 }
 
-__device__ __forceinline__ void add_column(Kind<Basis::uniform>, const Words* words, int lane, int32_t c, int64_t (&sums)[kOwned]) {
-  const uint32_t word = words[lane / 4].w[lane % 4];
-#pragma unroll
-  for (int i = 0; i < kOwned; ++i) sums[i] += int64_t{c} * static_cast<int32_t>((word >> (8 * i)) & 255u);
+template <Basis basis>
+__device__ __forceinline__ int64_t raw_sum(int64_t sum, int lane) {
+  if constexpr (basis != Basis::rademacher) return sum;
+  return (lane == kWarp - 1 ? -sum : sum) >> lane;
 }
 
-// All columns of a chunk, both limbs.
+// sums += c * raw over all columns of a chunk.
 template <Basis basis, class Real>
 __device__ __forceinline__ void add_chunk(const Columns& columns, const Chunk<basis, Real>& chunk, int lane,
-                                          Sums<basis> (&sums)[Working<Real>::limbs]) {
+                                          int64_t (&sums)[Working<Real>::limbs][kOwned]) {
 #pragma unroll 4
   for (int k = 0; k < columns.count; ++k) {
-    if constexpr (basis == Basis::gaussian) {
-      int32_t b[kOwned];
-      owned_integers<basis>(columns.seed, columns.span, static_cast<uint32_t>(columns.first + k), lane, b);
-      for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
-        for (int i = 0; i < kOwned; ++i) sums[limb][i] += int64_t{chunk.c[limb][k]} * b[i];
-      }
-    } else {
-      for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
-        add_column(Kind<basis>(), &chunk.words[k * kCallsPerSpan<basis>], lane, chunk.c[limb][k], sums[limb]);
-      }
+    int32_t raw[kOwned];
+    owned_raw(columns, chunk, k, lane, raw);
+#pragma unroll
+    for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) sums[limb][i] = multiply_add(chunk.c[limb][k], raw[i], sums[limb][i]);
     }
   }
 }
@@ -113,7 +115,7 @@ template <Basis basis, class Real>
 __device__ __forceinline__ void sum_group(Columns columns, int64_t end, const int32_t* const (&integers)[2], int lane,
                                           Chunk<basis, Real>& chunk, Real (&group)[kOwned]) {
   constexpr int limbs = Working<Real>::limbs;
-  Sums<basis> raw[limbs] = {};
+  int64_t raw[limbs][kOwned] = {};
   int32_t sum_c[2] = {};
   const int64_t group_end = min(columns.first + kGroup, end);
   for (; columns.first < group_end; columns.first += kWarp) {
@@ -126,9 +128,9 @@ __device__ __forceinline__ void sum_group(Columns columns, int64_t end, const in
   }
 #pragma unroll
   for (int i = 0; i < kOwned; ++i) {
-    const int64_t hi = from_raw<basis>(raw[0][i], sum_c[0]);
+    const int64_t hi = from_raw<basis>(raw_sum<basis>(raw[0][i], lane), sum_c[0]);
     if constexpr (limbs == 2) {
-      group[i] = join_limbs(hi, from_raw<basis>(raw[1][i], sum_c[1]), kCoordinateBits);
+      group[i] = join_limbs(hi, from_raw<basis>(raw_sum<basis>(raw[1][i], lane), sum_c[1]), kCoordinateBits);
     } else {
       group[i] = static_cast<Real>(hi);
     }
@@ -137,8 +139,8 @@ __device__ __forceinline__ void sum_group(Columns columns, int64_t end, const in
 
 // H of the lane's elements for one update.
 template <Basis basis, class Real>
-__device__ __forceinline__ void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update, uint64_t span, int lane,
-                                           Chunk<basis, Real>& chunk, Real (&sum)[kOwned]) {
+__device__ __forceinline__ void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update, uint64_t span,
+                                           int lane, Chunk<basis, Real>& chunk, Real (&sum)[kOwned]) {
   const int64_t base = update * p.total + block.block.start;
   const int32_t* const integers[2] = {p.coordinates.integers[0] + base, p.coordinates.integers[1] + base};
   const Real* scales = static_cast<const Real*>(p.coordinates.scales) + update * p.num_groups + block.first_group;
@@ -172,7 +174,8 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
 
   Real x[kOwned] = {};
   if (!p.overwrite) {
-    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) { load(p.params[run.tensor], run, places, x); });
+    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
+                 [&](const Run& run) { load(p.params[run.tensor], run, places, x); });
   }
   Real total[kOwned] = {};
   for (int64_t i = 0; i < p.num_updates && !poisoned; ++i) {
@@ -187,11 +190,13 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
   for (int j = 0; j < kOwned; ++j) {
     x[j] = poisoned ? Limits<Real>::nan : fused_multiply_add(total[j], factor, x[j]);
   }
-  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
+  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
+               [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
 }
 
+// At least 4 CTAs a multiprocessor: registers for that suffice without spills.
 template <Basis basis, class Real>
-__global__ void __launch_bounds__(kThreads) apply_kernel(ApplyParams p) {
+__global__ void __launch_bounds__(kThreads, 4) apply_kernel(ApplyParams p) {
   __shared__ Chunk<basis, Real> chunks[kWarps];
   if (*p.coordinates.not_finite != 0 && !p.overwrite) return;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp;
@@ -255,13 +260,14 @@ ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) 
   const TensorRef* params = workspace.table(job.params, tensors);
   const Coordinates to = job.wide ? lay_out_coordinates<double>(job, groups, workspace)
                                   : lay_out_coordinates<float>(job, groups, workspace);
-  prepare = {plain_blocks, groups_of_blocks, plan.num_blocks, updates,   job.num_updates, job.gammas,
-             job.total,    groups,           job.basis,       job.alpha, to};
-  apply = {apply_blocks, plan.num_blocks, pieces, params, updates, job.num_updates, job.total, groups, items, job.overwrite, to};
+  prepare = {plain_blocks, groups_of_blocks, plan.num_blocks, updates, job.num_updates, job.gammas, job.total,
+             groups,       job.basis,        job.alpha,       to};
+  apply = {apply_blocks, plan.num_blocks, pieces, params,        updates, job.num_updates,
+           job.total,    groups,          items,  job.overwrite, to};
 }
 
 template <class Real>
-void (*select_kernel(Basis basis))(ApplyParams) {
+void (*apply_kernel_of(Basis basis))(ApplyParams) {
   switch (basis) {
     case Basis::rademacher: return apply_kernel<Basis::rademacher, Real>;
     case Basis::uniform: return apply_kernel<Basis::uniform, Real>;
@@ -273,12 +279,13 @@ void (*select_kernel(Basis basis))(ApplyParams) {
 template <class Real>
 Status run(const ApplyLaunches& launches, Basis basis, CUstream_st* stream) {
   const PrepareParams& prepare = launches.prepare;
-  Status status = launch("quantise_kernel", quantise_kernel<Real>, prepare.num_updates * prepare.num_blocks, stream, prepare);
+  Status status =
+      launch("quantise_kernel", quantise_kernel<Real>, prepare.num_updates * prepare.num_blocks, stream, prepare);
   if (!status.ok()) return status;
   status = launch("weigh_kernel", weigh_kernel<Real>, divide_up(prepare.num_blocks, kThreads), stream, prepare);
   if (!status.ok()) return status;
   const int64_t ctas = std::min(divide_up(launches.apply.items, kWarps), kCtas);
-  return launch("apply_kernel", select_kernel<Real>(basis), ctas, stream, launches.apply);
+  return launch("apply_kernel", apply_kernel_of<Real>(basis), ctas, stream, launches.apply);
 }
 
 }  // namespace

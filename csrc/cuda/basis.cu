@@ -1,5 +1,5 @@
-// A single column of a basis, for tests and teaching: v_k[j] = b(j, k) 2^-s / sqrt(d), in float64 and rounded once to the working
-// precision of the output, then to its dtype. A warp takes 128 elements.
+// A single column of a basis, for tests and teaching: v_k[j] = b(j, k) 2^-s / sqrt(d), in float64 and rounded once to
+// the working precision of the output, then to its dtype. A warp takes 128 elements.
 #include "lanes.cuh"
 
 namespace ferret::cuda {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) basis_kernel(BasisParams p) {
   }
 }
 
-void (*select_kernel(Basis basis))(BasisParams) {
+void (*basis_kernel_of(Basis basis))(BasisParams) {
   switch (basis) {
     case Basis::rademacher: return basis_kernel<Basis::rademacher>;
     case Basis::uniform: return basis_kernel<Basis::uniform>;
@@ -59,7 +59,7 @@ Status basis(const BasisJob& job, CUstream_st* stream) {
                               power_of_two(-basis_exponent(kind), double()),
                               square_root(static_cast<double>(job.numel)),
                               job.out};
-  return launch("basis_kernel", select_kernel(kind), divide_up(params.items, kWarps), stream, params);
+  return launch("basis_kernel", basis_kernel_of(kind), divide_up(params.items, kWarps), stream, params);
 }
 
 }  // namespace ferret::cuda

@@ -9,25 +9,29 @@ namespace ferret::cuda {
 
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Every kind's integer is b = scale * raw + bias of its raw bits, so sum(b x) = scale * sum(raw x) + bias * sum(x). `Sum` holds
-// the raw sum of a tile of q or of a group of c.
+// Every kind's integer is b = scale * raw + bias of its raw bits, so sum(b x) = scale * sum(raw x) + bias * sum(x).
 template <Basis>
 struct Kind;
 template <>
 struct Kind<Basis::rademacher> {
-  using Sum = int32_t;
   static constexpr int scale = -2, bias = 1;
 };
 template <>
 struct Kind<Basis::uniform> {
-  using Sum = int64_t;
   static constexpr int scale = 2, bias = -255;
 };
 template <>
 struct Kind<Basis::gaussian> {
-  using Sum = int64_t;
   static constexpr int scale = 1, bias = 0;
 };
+
+// a b + c in one instruction. A compiler that sees that b is not negative would take three.
+__device__ __forceinline__ int64_t multiply_add(int32_t a, int32_t b, int64_t c) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(b));
+#endif
+  return int64_t{a} * b + c;
+}
 
 // The exact sum over b from the sum over raw bits.
 template <Basis basis>
@@ -51,6 +55,10 @@ struct Run {
   int64_t tensor;
   int64_t at;
   int lo, hi;
+
+  __device__ __forceinline__ bool has(int position) const {
+    return static_cast<unsigned>(position - lo) < static_cast<unsigned>(hi - lo);
+  }
 };
 
 // Calls visit(run) for every piece that owns elements of [start, start + length).
@@ -58,15 +66,15 @@ template <class Visit>
 __device__ __forceinline__ void for_each_run(const Piece* pieces, const BlockPieces& block, uint64_t start, int length,
                                              Visit visit) {
   const auto begin = static_cast<int64_t>(start);
-  int64_t p = block.first + find_last(block.last - block.first, begin, [&](int64_t i) {
-                return i == 0 ? begin : pieces[block.first + i].offset;
-              });
+  int64_t p = block.first + find_last(block.last - block.first, begin,
+                                      [&](int64_t i) { return i == 0 ? begin : pieces[block.first + i].offset; });
   for (; p < block.last; ++p) {
     const Piece piece = pieces[p];
     const int64_t lo = piece.offset - begin, hi = lo + piece.length;
     if (lo >= length) return;
-    if (hi > 0 && piece.length > 0) {
-      visit(Run{piece.tensor, piece.start - lo, static_cast<int>(lo < 0 ? 0 : lo), static_cast<int>(hi < length ? hi : length)});
+    if (hi > 0) {
+      visit(Run{piece.tensor, piece.start - lo, static_cast<int>(lo < 0 ? 0 : lo),
+                static_cast<int>(hi < length ? hi : length)});
     }
   }
 }
@@ -78,12 +86,23 @@ struct LanePlaces {
   __device__ __forceinline__ int operator[](int i) const { return first + i * stride; }
 };
 
+// A tensor's elements from `first` on. The address was read from a table, so only we know that it is one of global
+// memory.
+template <class T>
+__device__ __forceinline__ T* elements_at(void* data, int64_t first) {
+  T* at = static_cast<T*>(data) + first;
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(at));
+#endif
+  return at;
+}
+
 template <class T, int n, class Real>
-__device__ __forceinline__ void load_as(const void* data, const Run& run, LanePlaces places, Real (&x)[n]) {
-  const T* from = static_cast<const T*>(data);
+__device__ __forceinline__ void load_as(void* data, const Run& run, LanePlaces places, Real (&x)[n]) {
+  const T* from = elements_at<T>(data, run.at + places.first);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    if (places[i] >= run.lo && places[i] < run.hi) x[i] = static_cast<Real>(to_float(from[run.at + places[i]]));
+    if (run.has(places[i])) x[i] = static_cast<Real>(to_float(from[i * places.stride]));
   }
 }
 
@@ -100,10 +119,10 @@ __device__ __forceinline__ void load(const TensorRef& tensor, const Run& run, La
 
 template <class T, int n, class Real>
 __device__ __forceinline__ void store_as(void* data, const Run& run, LanePlaces places, const Real (&x)[n]) {
-  T* to = static_cast<T*>(data);
+  T* to = elements_at<T>(data, run.at + places.first);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    if (places[i] >= run.lo && places[i] < run.hi) store_rounded(x[i], &to[run.at + places[i]]);
+    if (run.has(places[i])) store_rounded(x[i], &to[i * places.stride]);
   }
 }
 

@@ -1,8 +1,8 @@
-// The CUDA backend: jobs of core/job.h on the caller's stream and device. Tensors and gammas are device pointers, the job's
-// tables and updates are host arrays that may go when a call returns. Nothing here waits for the device.
+// The CUDA backend: jobs of core/job.h on the caller's stream and device. Tensors and gammas are device pointers, the
+// job's tables and updates are host arrays that may go when a call returns. Nothing here waits for the device.
 //
-// Results are bit for bit those of docs/streams.md on every GPU. A non-finite element makes its block's coordinates NaN; a
-// non-finite coordinate leaves every parameter untouched, or, with `overwrite`, makes all of them NaN.
+// Results are bit for bit those of docs/streams.md on every GPU. A non-finite element makes its block's coordinates
+// NaN; a non-finite coordinate leaves every parameter untouched, or, with `overwrite`, makes all of them NaN.
 #pragma once
 
 #include <cstddef>
@@ -21,13 +21,13 @@ struct Status {
   bool ok() const { return code == 0; }
 };
 
-// Bytes of device memory that project or apply need in `workspace`; it must start at a multiple of 256 and stay allocated
-// until the stream has passed the call.
+// Bytes of device memory that project or apply need in `workspace`; it must start at a multiple of 256 and stay
+// allocated until the stream has passed the call.
 size_t project_workspace(const ProjectJob& job);
 size_t apply_workspace(const ApplyJob& job);
 
-// The tables are copied to the workspace from pageable memory. A CUDA graph that captures a call would read that memory again
-// when it is replayed, so these calls must not be captured.
+// The tables are copied to the workspace from pageable memory. A CUDA graph that captures a call would read that memory
+// again when it is replayed, so these calls must not be captured.
 Status project(const ProjectJob& job, void* workspace, size_t bytes, CUstream_st* stream);
 Status apply(const ApplyJob& job, void* workspace, size_t bytes, CUstream_st* stream);
 

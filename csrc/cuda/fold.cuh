@@ -5,8 +5,9 @@
 
 namespace ferret::cuda {
 
-// Folds the values of consecutive nodes, added in ascending order, into the nodes of up to `levels` levels above. open[i] is the
-// sum so far of the level i + 1 node that the next value falls into. A missing node is one of value 0 and changes nothing.
+// Folds the values of consecutive nodes, added in ascending order, into the nodes of up to `levels` levels above.
+// open[i] is the sum so far of the level i + 1 node that the next value falls into. A missing node is one of value 0
+// and changes nothing.
 template <int levels>
 struct FoldTree {
   double open[levels] = {};
@@ -34,16 +35,16 @@ struct FoldTree {
 // One pass: the sums of nodes of level `from`, laid out [block][node][column], become those of level `to`. first_in and
 // first_out are where a block's sums begin. The last pass goes to kTopLevel, one node a block, and writes gamma.
 struct FoldParams {
-  const Block* blocks;          // [L]
-  const BlockPieces* pieces;    // [L]
+  const Block* blocks;        // [L]
+  const BlockPieces* pieces;  // [L]
   int64_t num_blocks;
   int from, to;
-  const int64_t* first_in;      // [L]
-  const int64_t* first_out;     // [L]
-  int64_t count;                // sums of level `to`
+  const int64_t* first_in;   // [L]
+  const int64_t* first_out;  // [L]
+  int64_t count;             // sums of level `to`
   const double* in;
-  double* out;   // null in the last pass
-  void* gamma;   // [K], used in the last pass
+  double* out;  // null in the last pass
+  void* gamma;  // [K], used in the last pass
   Basis basis;
   bool wide;
 };

@@ -16,15 +16,21 @@ __device__ __forceinline__ LanePlaces owned_places(int lane) {
   return basis == Basis::rademacher ? LanePlaces{lane, kWarp} : LanePlaces{kOwned * lane, 1};
 }
 
+// The four integers of a gaussian call.
+__device__ __forceinline__ void normals_of(const Words& words, int32_t (&b)[4]) {
+  const IntegerPair first = box_muller(words.w[0], words.w[1]), second = box_muller(words.w[2], words.w[3]);
+  b[0] = first.b[0], b[1] = first.b[1], b[2] = second.b[0], b[3] = second.b[1];
+}
+
 // The integers of a lane's elements of one column when no words are shared.
 template <Basis basis>
-__device__ __forceinline__ void owned_integers(uint64_t seed, uint64_t span, uint32_t column, int lane, int32_t (&b)[kOwned]) {
+__device__ __forceinline__ void owned_integers(uint64_t seed, uint64_t span, uint32_t column, int lane,
+                                               int32_t (&b)[kOwned]) {
   constexpr int e = elements_per_call(basis);
   const LanePlaces places = owned_places<basis>(lane);
   const Words words = stream_words(seed, basis, span * (kSpan / e) + places.first / e, column);
   if constexpr (basis == Basis::gaussian) {
-    const IntegerPair first = box_muller(words.w[0], words.w[1]), second = box_muller(words.w[2], words.w[3]);
-    b[0] = first.b[0], b[1] = first.b[1], b[2] = second.b[0], b[3] = second.b[1];
+    normals_of(words, b);
   } else {
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) b[i] = basis_integer(basis, words, places[i] % e);

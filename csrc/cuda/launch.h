@@ -1,4 +1,5 @@
-// What every launcher shares: checked launches, and tables that travel to the device in one copy.
+// What every launcher shares: checked launches, and tables that travel to the device in one copy. For .cu files, which
+// nvcc gives the declarations of the CUDA runtime.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,8 @@ inline constexpr int64_t kMaxCtas = 0x7FFFFFFF;
 
 inline Status check(cudaError_t code, const char* where) { return {code, cudaGetErrorString(code), where}; }
 
-// Kernels take one struct of parameters and walk their work items with a stride of the grid, so any number of CTAs will do.
+// Kernels take one struct of parameters and walk their work items with a stride of the grid, so any number of CTAs will
+// do.
 template <class Params>
 Status launch(const char* where, void (*kernel)(Params), int64_t ctas, CUstream_st* stream, Params params) {
   if (ctas == 0) return check(cudaSuccess, where);
@@ -55,9 +57,11 @@ class Workspace {
   size_t bytes() const { return used_; }
 
   Status upload(size_t available, CUstream_st* stream) const {
+    if (used_ == 0) return check(cudaSuccess, "copying the tables");
     const bool fits = base_ != nullptr && available >= used_ && reinterpret_cast<uintptr_t>(base_) % kAlignment == 0;
     if (!fits) return check(cudaErrorInvalidValue, "the workspace is too small or not aligned");
-    return check(cudaMemcpyAsync(base_, image_.data(), image_.size(), cudaMemcpyHostToDevice, stream), "copying the tables");
+    return check(cudaMemcpyAsync(base_, image_.data(), image_.size(), cudaMemcpyHostToDevice, stream),
+                 "copying the tables");
   }
 
  private:

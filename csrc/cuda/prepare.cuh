@@ -1,5 +1,5 @@
-// Coordinates -> integers under a scale per group and per block (docs/streams.md, "reconstruct and apply", steps 1, 2 and the
-// factors of 5 and 6), on the device, so that apply waits for nothing.
+// Coordinates -> integers under a scale per group and per block (docs/streams.md, "reconstruct and apply", steps 1, 2
+// and the factors of 5 and 6), on the device, so that apply waits for nothing.
 #pragma once
 
 #include "elements.cuh"
@@ -20,11 +20,11 @@ struct PrepareParams {
   const Block* blocks;         // [L]
   const int64_t* first_group;  // [L]
   int64_t num_blocks;
-  const Update* updates;       // [N]
+  const Update* updates;  // [N]
   int64_t num_updates;
-  const void* gammas;          // [N, K] working precision
-  int64_t total;               // K
-  int64_t num_groups;          // S
+  const void* gammas;  // [N, K] working precision
+  int64_t total;       // K
+  int64_t num_groups;  // S
   Basis basis;
   double alpha;
   Coordinates to;

@@ -1,22 +1,22 @@
-// gamma_k = S_k * factor (docs/streams.md, "project"): tiles become integers, integers are summed exactly, tiles are folded.
+// gamma_k = S_k * factor (docs/streams.md, "project"): tiles become integers, integers are summed exactly, tiles are
+// folded.
 //
-// A CTA takes one (block, unit, batch of up to 128 columns), where a unit is a node of the fold tree, or one stage of tiles at
-// level 0. It walks its tiles four at a time, a stage: a warp turns a tile into integers in shared memory, then every thread
-// sums the Philox calls of one column, or a part of them when columns are few, then one thread a column folds the four values.
-// Nodes' sums go to the workspace and are folded to the root by fold_kernel. Which level the units have, how columns are
-// batched and calls are shared out changes no bit: integer sums have no order, and float64 sums only the tree's.
+// A CTA takes one (block, unit, batch of up to 128 columns), where a unit is a node of the fold tree, or one stage of
+// tiles at level 0. It walks its tiles four at a time, a stage: a warp turns a tile into integers in shared memory,
+// then every thread sums the Philox calls of one column, or a part of them when columns are few, then one thread a
+// column folds the four values. Nodes' sums go to the workspace and are folded to the root by fold_kernel. Which level
+// the units have, how columns are batched and calls are shared out changes no bit: integer sums have no order, and
+// float64 sums only the tree's.
 #include "fold.cuh"
+#include "stage.cuh"
 
 namespace ferret::cuda {
 namespace {
 
-constexpr int kBatch = kThreads;      // columns of a CTA
-constexpr int kStage = kWarps;        // tiles of a stage
-constexpr int kStageShift = 11;       // log2 of a stage's elements
-constexpr int kMaxLevel = 3;          // of the units
-constexpr int64_t kManyUnits = 2048;  // CTAs that keep any GPU busy
+constexpr int kStageShift = 11;                 // log2 of a stage's elements
+constexpr int kMaxLevel = 3;                    // of the units
+constexpr int64_t kManyUnits = 2048;            // CTAs that keep any GPU busy
 constexpr int64_t kMaxSums = int64_t{1} << 23;  // node sums, 64 MB, unless even the top level has more
-constexpr int kPerLane = kTile / kWarp;
 static_assert(kStage * kTile == 1 << kStageShift);
 
 struct ProjectBlock {
@@ -30,9 +30,7 @@ struct ProjectBlock {
 struct ProjectParams {
   const ProjectBlock* blocks;  // [L]
   int64_t num_blocks;
-  const Piece* pieces;
-  const TensorRef* now;
-  const TensorRef* before;  // or null
+  Deltas deltas;
   uint64_t seed;
   int level;
   int64_t items;
@@ -40,140 +38,6 @@ struct ProjectParams {
 };
 
 __host__ __device__ constexpr int unit_shift(int level) { return level == 0 ? kStageShift : node_shift(level); }
-
-// ---- a stage in shared memory ----
-
-// Places of a tile's integers: threads of a warp that work on different calls or tiles read 16 bytes each from distinct banks.
-template <Basis basis>
-struct Layout {
-  static constexpr int per_call = elements_per_call(basis);
-  static constexpr int calls = kTile / per_call;
-  static constexpr int call_stride = basis == Basis::rademacher ? per_call + 16 : per_call;
-  static constexpr int tile_stride = calls * call_stride + (basis == Basis::gaussian ? 8 : 4);
-
-  __device__ static int place(int element) { return element / per_call * call_stride + element % per_call; }
-};
-
-struct alignas(16) Quad {
-  int32_t v[4];
-};
-
-template <class Real>
-struct TileHeader {
-  int exponent;  // n, kZeroExponent, or that of infinity and NaN
-  int32_t sum[Working<Real>::limbs];  // of q
-
-  __device__ bool has_integers() const { return exponent != kZeroExponent && is_finite_exponent<Real>(exponent); }
-};
-
-template <Basis basis, class Real>
-struct Stage {
-  static constexpr int limbs = Working<Real>::limbs;
-  alignas(16) int32_t q[limbs][kStage * Layout<basis>::tile_stride];
-  int64_t sums[limbs][kStage * kBatch];  // [part of the calls][tile][column], raw
-  TileHeader<Real> headers[2][kStage];   // of this stage and of the one that may still be read
-};
-
-// Which part of a stage a thread sums: column tid % columns, and with few columns only some of the tiles and calls.
-struct Share {
-  int column, tile, call;
-  int tile_step, call_step;
-  int columns;
-  bool active;
-
-  __device__ Share(int columns, int calls) : columns(columns) {
-    const int tid = static_cast<int>(threadIdx.x);
-    int parts = 1;
-    while (2 * parts * columns <= kThreads && 2 * parts <= kStage * calls) parts *= 2;
-    tile_step = parts < kStage ? parts : kStage;
-    call_step = parts / tile_step;
-    column = tid % columns;
-    tile = tid / columns % tile_step;
-    call = tid / columns / tile_step;
-    active = call < call_step;
-  }
-  __device__ int slot(int call_part, int at_tile) const { return (call_part * kStage + at_tile) * columns + column; }
-};
-
-// ---- tile -> integers ----
-
-template <class Real>
-__device__ __forceinline__ void load_tile(const ProjectParams& p, const BlockPieces& pieces, uint64_t tile, LanePlaces places,
-                                          Real (&x)[kPerLane]) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x[i] = 0;
-  for_each_run(p.pieces, pieces, tile * kTile, kTile, [&](const Run& run) {
-    if (p.before == nullptr) return load(p.now[run.tensor], run, places, x);
-    Real now[kPerLane] = {};
-    load(p.before[run.tensor], run, places, x);
-    load(p.now[run.tensor], run, places, now);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) x[i] -= now[i];
-  });
-}
-
-// A warp's tile as integers and their sums.
-template <Basis basis, class Real>
-__device__ __forceinline__ void quantise_tile(const ProjectParams& p, const BlockPieces& pieces, uint64_t tile, int warp,
-                                              Stage<basis, Real>& stage, TileHeader<Real>& header) {
-  const LanePlaces places = {static_cast<int>(threadIdx.x) % kWarp, kWarp};
-  Real x[kPerLane];
-  load_tile(p, pieces, tile, places, x);
-  int n = kZeroExponent;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) n = max(n, exponent_or_zero(x[i]));
-  n = __reduce_max_sync(kAllLanes, n);
-  if (n != kZeroExponent) n = max(n, Working<Real>::min_tile_exponent);
-  header.exponent = n;
-  if (!header.has_integers()) return;
-
-  int32_t sums[2] = {};
-  const Scale<Real> scale(kDeltaBits, n);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const Limbs q = to_fixed_point(scale(x[i]), kDeltaBits);
-    const int at = warp * Layout<basis>::tile_stride + Layout<basis>::place(places[i]);
-    stage.q[0][at] = q.hi;
-    sums[0] += q.hi;
-    if constexpr (Working<Real>::limbs == 2) {
-      stage.q[1][at] = q.lo;
-      sums[1] += q.lo;
-    }
-  }
-  for (int limb = 0; limb < Working<Real>::limbs; ++limb) header.sum[limb] = __reduce_add_sync(kAllLanes, sums[limb]);
-}
-
-// ---- integers x basis ----
-
-// sum += raw . q over one call.
-__device__ __forceinline__ void add_call(Kind<Basis::rademacher>, const Words& words, const int32_t* q, int32_t& sum) {
-  const auto* quads = reinterpret_cast<const Quad*>(q);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const Quad quad = quads[i];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (words.w[i / 8] & (1u << (4 * (i % 8) + j))) sum += quad.v[j];
-    }
-  }
-}
-
-__device__ __forceinline__ void add_call(Kind<Basis::uniform>, const Words& words, const int32_t* q, int64_t& sum) {
-  const auto* quads = reinterpret_cast<const Quad*>(q);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Quad quad = quads[i];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum += int64_t{quad.v[j]} * static_cast<int32_t>((words.w[i] >> (8 * j)) & 255u);
-  }
-}
-
-__device__ __forceinline__ void add_call(Kind<Basis::gaussian>, const Words& words, const int32_t* q, int64_t& sum) {
-  const Quad quad = *reinterpret_cast<const Quad*>(q);
-  const IntegerPair first = box_muller(words.w[0], words.w[1]), second = box_muller(words.w[2], words.w[3]);
-  sum += int64_t{quad.v[0]} * first.b[0] + int64_t{quad.v[1]} * first.b[1];
-  sum += int64_t{quad.v[2]} * second.b[0] + int64_t{quad.v[3]} * second.b[1];
-}
 
 // This thread's share of the raw sums of a stage.
 template <Basis basis, class Real>
@@ -183,12 +47,12 @@ __device__ __forceinline__ void sum_calls(uint64_t seed, uint64_t first_tile, ui
   constexpr int limbs = Working<Real>::limbs;
   if (!share.active) return;
   for (int tile = share.tile; tile < kStage; tile += share.tile_step) {
-    typename Kind<basis>::Sum sums[limbs] = {};
+    int64_t sums[limbs] = {};
     if (headers[tile].has_integers()) {
       for (int call = share.call; call < Shape::calls; call += share.call_step) {
         const Words words = stream_words(seed, basis, (first_tile + tile) * Shape::calls + call, column);
         for (int limb = 0; limb < limbs; ++limb) {
-          add_call(Kind<basis>(), words, &stage.q[limb][tile * Shape::tile_stride + call * Shape::call_stride], sums[limb]);
+          add_call<basis>(words, &stage.q[limb][tile * Shape::tile_stride + call * Shape::call_stride], sums[limb]);
         }
       }
     }
@@ -205,7 +69,7 @@ __device__ __forceinline__ double tile_value(const Stage<basis, Real>& stage, co
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
     int64_t raw = 0;
     for (int part = 0; part < share.call_step; ++part) raw += stage.sums[limb][share.slot(part, tile)];
-    sums[limb] = from_raw<basis>(raw, header.sum[limb]);
+    sums[limb] = from_raw<basis>(raw >> Layout<basis>::scale_bits, header.sum[limb]);
   }
   const double value =
       Working<Real>::limbs == 2 ? join_limbs(sums[0], sums[1], kDeltaBits) : static_cast<double>(sums[0]);
@@ -215,8 +79,10 @@ __device__ __forceinline__ double tile_value(const Stage<basis, Real>& stage, co
 // ---- units ----
 
 template <Basis basis, class Real>
-__device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t item, int& turn, Stage<basis, Real>& stage) {
-  const ProjectBlock& block = p.blocks[find_last(p.num_blocks, item, [&](int64_t b) { return p.blocks[b].first_item; })];
+__device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t item, int& turn,
+                                             Stage<basis, Real>& stage) {
+  const ProjectBlock& block =
+      p.blocks[find_last(p.num_blocks, item, [&](int64_t b) { return p.blocks[b].first_item; })];
   const int64_t columns = block.block.columns, batches = (columns + kBatch - 1) / kBatch;
   const uint64_t unit = block.units.begin + (item - block.first_item) / batches;
   const int64_t first_column = (item - block.first_item) % batches * kBatch;
@@ -231,7 +97,7 @@ __device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t ite
   FoldTree<kMaxLevel> tree;
   for (uint64_t first = begin; first < end; first += kStage, turn ^= 1) {
     TileHeader<Real>* headers = stage.headers[turn];
-    quantise_tile(p, block.pieces, first + warp, warp, stage, headers[warp]);
+    quantise_tile(p.deltas, block.pieces, first + warp, warp, stage, headers[warp]);
     __syncthreads();
     sum_calls(p.seed, first, static_cast<uint32_t>(first_column + share.column), share, headers, stage);
     __syncthreads();
@@ -248,8 +114,9 @@ __device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t ite
   if (folds && p.level > 0) sums[static_cast<int64_t>(unit - block.units.begin) * columns] = tree.root();
 }
 
+// At least 4 CTAs a multiprocessor in float32 and 3 in float64, which has more to hold.
 template <Basis basis, class Real>
-__global__ void __launch_bounds__(kThreads) project_kernel(ProjectParams p) {
+__global__ void __launch_bounds__(kThreads, 5 - Working<Real>::limbs) project_kernel(ProjectParams p) {
   __shared__ Stage<basis, Real> stage;
   int turn = 0;
   for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) project_unit(p, item, turn, stage);
@@ -338,9 +205,9 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
 
   project.blocks = workspace.table(block_table(plan, pieces, levels[0], &project.items));
   project.num_blocks = plan.num_blocks;
-  project.pieces = workspace.table(plan.pieces, plan.num_pieces);
-  project.now = workspace.table(job.now, tensors);
-  if (job.before != nullptr) project.before = workspace.table(job.before, tensors);
+  project.deltas.pieces = workspace.table(plan.pieces, plan.num_pieces);
+  project.deltas.now = workspace.table(job.now, tensors);
+  if (job.before != nullptr) project.deltas.before = workspace.table(job.before, tensors);
   project.seed = job.stream.seed;
   project.level = levels[0].level;
 
@@ -351,14 +218,14 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
   double* in = project.sums = workspace.room<double>(levels[0].count);
   for (size_t i = 1; i < levels.size(); ++i) {
     double* out = levels[i].level == kTopLevel ? nullptr : workspace.room<double>(levels[i].count);
-    folds.push_back({blocks, block_pieces, plan.num_blocks, levels[i - 1].level, levels[i].level, first[i - 1], first[i],
-                     levels[i].count, in, out, job.gamma, job.stream.basis, job.wide});
+    folds.push_back({blocks, block_pieces, plan.num_blocks, levels[i - 1].level, levels[i].level, first[i - 1],
+                     first[i], levels[i].count, in, out, job.gamma, job.stream.basis, job.wide});
     in = out;
   }
 }
 
 template <class Real>
-void (*select_kernel(Basis basis))(ProjectParams) {
+void (*project_kernel_of(Basis basis))(ProjectParams) {
   switch (basis) {
     case Basis::rademacher: return project_kernel<Basis::rademacher, Real>;
     case Basis::uniform: return project_kernel<Basis::uniform, Real>;
@@ -370,7 +237,8 @@ void (*select_kernel(Basis basis))(ProjectParams) {
 Status run(const ProjectLaunches& launches, const ProjectJob& job, size_t bytes, CUstream_st* stream) {
   Status status = launches.workspace.upload(bytes, stream);
   if (!status.ok()) return status;
-  const auto kernel = job.wide ? select_kernel<double>(job.stream.basis) : select_kernel<float>(job.stream.basis);
+  const auto kernel =
+      job.wide ? project_kernel_of<double>(job.stream.basis) : project_kernel_of<float>(job.stream.basis);
   status = launch("project_kernel", kernel, launches.project.items, stream, launches.project);
   for (const FoldParams& fold : launches.folds) {
     if (!status.ok()) return status;

@@ -1,0 +1,300 @@
+// The CUDA kernels on the emulator against docs/streams.md evaluated plainly (contract.h) and against the known
+// answers, bit for bit. Usage: test_cuda_kernels tests/golden.txt
+#include "cuda_emulator.h"
+
+#include "cuda/apply.cu"
+#include "cuda/basis.cu"
+#include "cuda/project.cu"
+#include "golden.h"
+#include "plan_cases.h"
+
+namespace {
+
+using namespace cases;
+using testing::check;
+
+const Basis kBases[] = {Basis::rademacher, Basis::uniform, Basis::gaussian};
+const char* name_of(Basis basis) {
+  return basis == Basis::rademacher ? "rademacher" : basis == Basis::uniform ? "uniform" : "gaussian";
+}
+template <class Real>
+std::string label(const char* what, Basis basis) {
+  return std::string(what) + " " + name_of(basis) + (contract::is_wide<Real> ? " wide" : "");
+}
+
+// ---- what they give ----
+
+std::vector<char> workspace_of(size_t bytes) { return std::vector<char>(bytes + 256, '\x5a'); }
+void* aligned(std::vector<char>& buffer) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 255) / 256 * 256);
+}
+
+constexpr int kAnyLevel = -1;
+
+template <class Real>
+std::vector<Real> run_project(Case& now, Case* before, Stream stream, int level = kAnyLevel) {
+  std::vector<Real> gamma(now.total(), Real(-7));
+  const auto refs = now.refs();
+  const auto before_refs = before == nullptr ? std::vector<TensorRef>() : before->refs();
+  const ProjectJob job = {
+      now.plan(),  refs.data(), before == nullptr ? nullptr : before_refs.data(), stream, contract::is_wide<Real>,
+      gamma.data()};
+  if (level == kAnyLevel) {
+    auto buffer = workspace_of(cuda::project_workspace(job));
+    check(cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr).ok(), "project launches");
+  } else {
+    auto buffer = workspace_of(cuda::ProjectLaunches(job, level, nullptr).workspace.bytes());
+    check(cuda::run(cuda::ProjectLaunches(job, level, aligned(buffer)), job, buffer.size() - 256, nullptr).ok(),
+          "project launches");
+  }
+  return gamma;
+}
+
+template <class Real>
+void run_apply(Case& c, const Updates<Real>& updates, Basis basis, double alpha, bool overwrite) {
+  std::vector<Update> list;
+  std::vector<Real> gammas;
+  for (const auto& update : updates) {
+    list.push_back({update.seed, update.weight});
+    gammas.insert(gammas.end(), update.gamma.begin(), update.gamma.end());
+  }
+  const auto refs = c.refs();
+  const ApplyJob job = {c.plan(),  refs.data(), list.data(), static_cast<int64_t>(list.size()), gammas.data(),
+                        c.total(), basis,       alpha,       contract::is_wide<Real>,           overwrite};
+  auto buffer = workspace_of(cuda::apply_workspace(job));
+  check(cuda::apply(job, aligned(buffer), buffer.size() - 256, nullptr).ok(), "apply launches");
+}
+
+template <class Real>
+bool same_bits(const std::vector<Real>& a, const std::vector<Real>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Real)) == 0);
+}
+
+template <class Real>
+void expect_project(Case& now, Case* before, Stream stream, const std::string& what, int level = kAnyLevel) {
+  const auto expected = expected_gamma<Real>(now, before, stream);
+  for (const bool reversed : {false, true}) {
+    emulator::reversed = reversed;
+    check(same_bits(run_project<Real>(now, before, stream, level), expected),
+          what + (reversed ? ", threads reversed" : ""));
+  }
+}
+
+template <class Real>
+void expect_apply(Case& c, const Updates<Real>& updates, Basis basis, double alpha, const std::string& what) {
+  for (const bool overwrite : {false, true}) {
+    Case expected = c, got = c;
+    emulator::reversed = overwrite;
+    expected_apply(expected, updates, basis, alpha, overwrite);
+    run_apply(got, updates, basis, alpha, overwrite);
+    check(same_bits(got, expected), what + (overwrite ? ", overwrite" : ""));
+  }
+}
+
+template <class Real>
+Updates<Real> some_updates(int64_t total, int count) {
+  Random random(99);
+  const double weights[] = {0.75, -1e-3, 1e6};
+  Updates<Real> updates;
+  for (int i = 0; i < count; ++i) {
+    updates.push_back({random.bits(), weights[i % 3], {}});
+    for (int64_t k = 0; k < total; ++k)
+      updates.back().gamma.push_back(static_cast<Real>(std::ldexp(random.value(), 5 * i)));
+  }
+  return updates;
+}
+
+// ---- tests ----
+
+constexpr uint64_t kSeed = 0xFEDCBA9876543210u;
+
+template <class Real>
+void test_project_columns(Basis basis) {
+  for (const int64_t columns : {1, 2, 3, 4, 7, 8, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 130}) {
+    Case c = single(Dtype::float32, 512 + 77, 100000, 2100, columns);
+    c.fill(columns);
+    expect_project<Real>(c, nullptr, {kSeed, basis}, label<Real>("project", basis) + " K=" + std::to_string(columns));
+  }
+}
+
+template <class Real>
+void test_project_plans(Basis basis) {
+  Case now = packed(contract::is_wide<Real>), before = packed(contract::is_wide<Real>);
+  before.tensors[4] = Tensor(Dtype::float32, 2500);  // old and new may differ in dtype
+  now.fill(1), before.fill(2);
+  for (const int level : {kAnyLevel, 0, 1, 2, 3}) {
+    const std::string what = label<Real>("project plan", basis) + " level " + std::to_string(level);
+    expect_project<Real>(now, nullptr, {kSeed, basis}, what, level);
+    expect_project<Real>(now, &before, {kSeed, basis}, what + " difference", level);
+  }
+}
+
+// Enough tiles for every level of the tree to end inside the range.
+template <class Real>
+void test_project_fold() {
+  const int64_t border = int64_t{512} << 18;
+  for (const int64_t columns : {1, 3}) {
+    Case c = single(Dtype::float32, border - 70 * 512 + 5, 1 << 20, 140 * 512, columns);
+    c.fill(7);
+    for (const int level : {0, 1, 2, 3}) {
+      const auto what = label<Real>("project across nodes", Basis::rademacher) + " level " + std::to_string(level);
+      expect_project<Real>(c, nullptr, {kSeed, Basis::rademacher}, what, level);
+    }
+  }
+}
+
+template <class Real>
+void test_project_extremes(Basis basis) {
+  const double tiny = std::numeric_limits<Real>::denorm_min(), huge = std::numeric_limits<Real>::max();
+  for (const double value : {0.0, tiny, 3 * tiny, 0x1p-140, huge, 0x1.fffffep0, 1.0, -0.0}) {
+    Case c = single(contract::is_wide<Real> ? Dtype::float64 : Dtype::float32, 1024, 900, 900, 3);
+    for (int64_t i = 0; i < 900; ++i) c.tensors[0].set(i, i < 512 ? value : i % 3 * value / 2);
+    expect_project<Real>(c, nullptr, {kSeed, basis},
+                         label<Real>("project extreme", basis) + " " + std::to_string(value));
+  }
+}
+
+// NaN and infinity reach all coordinates of their own block and no others.
+template <class Real>
+void test_project_poison(Basis basis) {
+  for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    Case clean = packed(contract::is_wide<Real>), c = packed(contract::is_wide<Real>);
+    clean.fill(3), c.fill(3);
+    c.tensors[4].set(1700, bad);  // of block 1
+    for (const int level : {0, 1}) {
+      const auto expected = run_project<Real>(clean, nullptr, {kSeed, basis}, level);
+      const auto got = run_project<Real>(c, nullptr, {kSeed, basis}, level);
+      bool ok = true;
+      for (int64_t k = 0; k < c.total(); ++k) ok &= k >= 5 && k < 135 ? std::isnan(got[k]) : got[k] == expected[k];
+      check(ok, label<Real>("project poison", basis));
+    }
+  }
+}
+
+template <class Real>
+void test_apply_columns(Basis basis) {
+  for (const int64_t columns : {1, 2, 3, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 130}) {
+    Case c = single(Dtype::float32, 512 + 77, 100000, 300, columns);
+    c.fill(columns);
+    const auto what = label<Real>("apply", basis) + " K=" + std::to_string(columns);
+    expect_apply<Real>(c, some_updates<Real>(columns, 2), basis, -0.3, what);
+  }
+}
+
+template <class Real>
+void test_apply_plans(Basis basis) {
+  for (const int updates : {1, 3}) {
+    Case c = packed(contract::is_wide<Real>);
+    c.fill(4);
+    const auto what = label<Real>("apply plan", basis) + " updates " + std::to_string(updates);
+    expect_apply<Real>(c, some_updates<Real>(c.total(), updates), basis, 1.5, what);
+  }
+}
+
+// More than 64 groups: H is folded twice.
+template <class Real>
+void test_apply_many_columns(Basis basis) {
+  for (const int64_t columns : {4096, 4200, 8300}) {
+    Case c = single(Dtype::float32, 33, 1000, 40, columns);
+    c.fill(5);
+    const auto what = label<Real>("apply many columns", basis) + " K=" + std::to_string(columns);
+    expect_apply<Real>(c, some_updates<Real>(columns, 2), basis, 0.01, what);
+  }
+}
+
+// Scales at the ends of their ranges, groups of zeros, and blocks whose exponents differ as much as they can.
+template <class Real>
+void test_apply_extremes(Basis basis) {
+  const int limit = std::numeric_limits<Real>::max_exponent - 1;
+  for (const int second : {limit, 0, -limit, std::numeric_limits<Real>::min_exponent - 20}) {
+    Case c = single(contract::is_wide<Real> ? Dtype::float64 : Dtype::float32, 0, 130, 130, 200);
+    c.fill(6);
+    auto updates = some_updates<Real>(200, 2);
+    for (int64_t k = 0; k < 200; ++k) {
+      updates[0].gamma[k] = k / 64 == 1 ? Real(0) : static_cast<Real>(std::ldexp(updates[0].gamma[k], limit - 10));
+      updates[1].gamma[k] = static_cast<Real>(std::ldexp(updates[1].gamma[k], k < 64 ? second - 10 : second / 2 - 10));
+    }
+    expect_apply<Real>(c, updates, basis, 1e-30, label<Real>("apply extreme", basis) + " 2^" + std::to_string(second));
+  }
+  Case c = single(Dtype::bfloat16, 0, 130, 130, 70);
+  c.fill(6);
+  expect_apply<Real>(c, {{1, 1.0, std::vector<Real>(70)}}, basis, 1.0, label<Real>("apply zeros", basis));
+  expect_apply<Real>(c, {}, basis, 1.0, label<Real>("apply nothing", basis));
+}
+
+template <class Real>
+void test_apply_not_finite(Basis basis) {
+  for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    Case before = packed(contract::is_wide<Real>);
+    before.fill(8);
+    auto updates = some_updates<Real>(before.total(), 2);
+    updates[1].gamma[140] = static_cast<Real>(bad);
+    Case untouched = before, filled = before;
+    run_apply(untouched, updates, basis, 1.0, false);
+    check(same_bits(untouched, before), label<Real>("apply leaves parameters untouched", basis));
+    run_apply(filled, updates, basis, 1.0, true);
+    bool ok = true;
+    for (int64_t i = 0; i < 2500; ++i) ok &= std::isnan(filled.tensors[4].get(i));
+    check(ok, label<Real>("reconstruct fills with NaN", basis));
+  }
+}
+
+void test_workspace() {
+  Case c = single(Dtype::float32, 0, 100, 100, 3);
+  auto refs = c.refs();
+  float gamma[3];
+  const ProjectJob job = {c.plan(), refs.data(), nullptr, {1, Basis::rademacher}, false, gamma};
+  auto buffer = workspace_of(cuda::project_workspace(job));
+  const auto status = cuda::project(job, aligned(buffer), buffer.size() - 257, nullptr);
+  check(status.code == cudaErrorInvalidValue && std::strstr(status.where, "workspace") != nullptr,
+        "a small workspace is an error");
+}
+
+// ---- known answers ----
+
+struct Cuda {
+  static void run(const cuda::Status& status) { check(status.ok(), status.where); }
+
+  void project(const ProjectJob& job) {
+    auto buffer = workspace_of(cuda::project_workspace(job));
+    run(cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr));
+  }
+  bool apply(const ApplyJob& job) {
+    auto buffer = workspace_of(cuda::apply_workspace(job));
+    run(cuda::apply(job, aligned(buffer), buffer.size() - 256, nullptr));
+    return true;
+  }
+  void basis(const BasisJob& job) { run(cuda::basis(job, nullptr)); }
+};
+
+template <class Real>
+void test_all(Basis basis) {
+  test_project_columns<Real>(basis);
+  test_project_plans<Real>(basis);
+  test_project_extremes<Real>(basis);
+  test_project_poison<Real>(basis);
+  test_apply_columns<Real>(basis);
+  test_apply_plans<Real>(basis);
+  test_apply_many_columns<Real>(basis);
+  test_apply_extremes<Real>(basis);
+  test_apply_not_finite<Real>(basis);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::fprintf(stderr, "usage: %s tests/golden.txt\n", argv[0]);
+    return 2;
+  }
+  for (const Basis basis : kBases) {
+    test_all<float>(basis);
+    test_all<double>(basis);
+  }
+  test_project_fold<float>();
+  test_project_fold<double>();
+  test_workspace();
+  Cuda backend;
+  golden::run(golden::read(argv[1]), backend, "emulator");
+  return testing::summary();
+}
