@@ -1,0 +1,15 @@
+"""Federated algorithms, one a module; each knows only `base`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ferret_ext.federated.algorithms.base import Algorithm, Train
+from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.config import SimulationConfig
+
+
+def create(config: SimulationConfig, train: Train) -> Algorithm[Any]:
+    """The algorithm that `config.algorithm` names, around the clients' local training."""
+    makers = {"ferret": lambda: Ferret(config.ferret, config.server_learning_rate, train)}
+    return makers[config.algorithm]()

@@ -1,0 +1,295 @@
+"""What a run is made of: dataclasses, filled from presets, YAML files and `key=value` overrides.
+
+Every setting has one dotted key (`rounds`, `training.learning_rate`, `ferret.K`), which is at once the
+field's path, its place in a YAML file, its override and its flag. Training arguments have the names that
+Hugging Face gives them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Setting = tuple[str, Any]  # dotted key and value
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or fit; the text names its key, what was expected and what it got."""
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """How records become prompts and responses, and those become tokens."""
+
+    config_name: str | None = _option(None, "the hub data set's configuration, e.g. main")
+    train_split: str = _option("train", "split that is divided among the clients")
+    eval_split: str = _option(
+        "test", "split that is evaluated; held out of the training split where there is none"
+    )
+    format: Literal["auto", "gsm8k", "alpaca", "dolly"] = _option(
+        "auto", "columns and prompt template; auto goes by the columns"
+    )
+    prompt: str | None = _option(None, "a prompt template of your own, e.g. 'Q: {question}\\nA: '")
+    response: str | None = _option(None, "the response's template, e.g. '{answer}'; goes with dataset.prompt")
+    max_length: int = _option(1024, "tokens of prompt and response together; the rest is cut off", at_least=2)
+    max_prompt_length: int | None = _option(
+        None, "records with a longer prompt are dropped; max_length - 1 unless given", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A client's local training in one round."""
+
+    max_steps: int = _option(10, "optimiser steps T a round", at_least=1)
+    gradient_accumulation_steps: int = _option(4, "batches a step", at_least=1)
+    per_device_train_batch_size: int = _option(1, "records a batch", at_least=1)
+    optim: Literal["sgd", "adam"] = _option("sgd", "local optimiser, new in every round")
+    learning_rate: float = _option(1e-4, "local learning rate", above=0)
+    weight_decay: float = _option(0.0, "L2 penalty of the local optimiser", at_least=0)
+    max_grad_norm: float | None = _option(
+        None, "gradients are clipped to this norm; none: no clipping", above=0
+    )
+
+
+@dataclass(frozen=True)
+class FerretConfig:
+    """How an update is projected (arXiv 2409.06277, section 3)."""
+
+    K: int = _option(4096, "coordinates an update, over all blocks", at_least=1)
+    granularity: int | Literal["tensor", "packed"] = _option(
+        "tensor", "blocks: one a tensor, packed to about the median tensor, or of N elements", at_least=1
+    )
+    allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = _option(
+        "size", "how K is shared out among the blocks; norms are those of the last round"
+    )
+    basis: Literal["rademacher", "uniform", "gaussian"] = _option("rademacher", "entries of the random bases")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the global model is evaluated after each round."""
+
+    max_samples: int | None = _option(200, "records evaluated, the first of the split; none: all", at_least=1)
+    per_device_eval_batch_size: int = _option(8, "records a batch", at_least=1)
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """A federated run in one process."""
+
+    model: str = _option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
+    data: str = _option(
+        "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
+    )
+    out: str = _option("", "folder for the run's results")
+    algorithm: Literal["ferret"] = _option("ferret", "what clients send and how the server adds it up")
+    rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
+    num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
+    client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
+    server_learning_rate: float = _option(1.0, "step along the clients' mean update", above=0)
+    seed: int = _option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "float32", "the model's dtype; auto: as stored"
+    )
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    num_threads: int | None = _option(
+        None,
+        "CPU threads of torch; none: its own choice. Runs repeat to the bit for equal numbers",
+        at_least=1,
+    )
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    ferret: FerretConfig = field(default_factory=FerretConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def save(self, path: Path) -> None:
+        """Writes the config as YAML, which `read_yaml` takes back."""
+        path.write_text(
+            yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), "utf-8"
+        )
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: a field of the config or of one of its sections."""
+
+    key: str
+    hint: Any
+    default: Any
+    help: str
+    limits: Mapping[str, float | None]
+
+
+def leaves(cls: type = SimulationConfig, prefix: str = "") -> Iterator[Leaf]:
+    """All settings, in the order of the fields."""
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from leaves(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield Leaf(
+                f"{prefix}{item.name}",
+                hints[item.name],
+                item.default,
+                item.metadata["help"],
+                item.metadata["limits"],
+            )
+
+
+def build(settings: Iterable[Setting]) -> SimulationConfig:
+    """The config with these settings; a later one wins over an earlier one. Raises ConfigError."""
+    known = {leaf.key: leaf for leaf in leaves()}
+    values = {}
+    for key, value in settings:
+        if key not in known:
+            raise ConfigError(_unknown(key, value, known))
+        values[key] = _convert(known[key], value)
+    config: SimulationConfig = _construct(SimulationConfig, values, "")
+    _check_together(config)
+    return config
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[Setting]:
+    """A nested mapping as dotted settings."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def read_yaml(path: Path) -> list[Setting]:
+    """The settings of a YAML file. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path}: expected readable YAML, got: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config file {path}: expected `key: value` lines, got {type(content).__name__}")
+    return list(flatten(content))
+
+
+def read_override(text: str) -> Setting:
+    """`key=value` as a setting. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override {text!r}: expected key=value, e.g. rounds=5 or ferret.K=4096")
+    return key.strip(), value
+
+
+def expected(leaf: Leaf) -> str:
+    """In words, which values a setting takes."""
+    bounds = {"at_least": ">=", "above": ">", "at_most": "<="}
+    limits = [
+        f"{bounds[name]} {limit:g}"
+        for name, limit in leaf.limits.items()
+        if limit is not None and limit < 2**31
+    ]
+    return " and ".join([_describe(leaf.hint), *limits])
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, "none")
+
+
+def _convert(leaf: Leaf, value: Any) -> Any:
+    """The value in the setting's type. Text is read as a value too: YAML takes 1e-4 for text."""
+    options = get_args(leaf.hint) if get_origin(leaf.hint) in (Union, types.UnionType) else (leaf.hint,)
+    for option in sorted(options, key=lambda option: option is str):
+        try:
+            converted = _read_as(option, value)
+        except (ValueError, OverflowError):
+            continue
+        if _within(converted, leaf.limits):
+            return converted
+        break
+    raise ConfigError(f"{leaf.key}: expected {expected(leaf)}, got {value!r}")
+
+
+def _read_as(hint: Any, value: Any) -> Any:
+    """The value as one plain type; ValueError if it is none of it."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is type(None) and (value is None or value in ("none", "null")):
+        return None
+    if get_origin(hint) is Literal and value in get_args(hint):
+        return value
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is int and (isinstance(value, str) or (is_number and value == int(value))):
+        return int(value)
+    if hint is float and (isinstance(value, str) or is_number):
+        return float(value)
+    raise ValueError
+
+
+def _within(value: Any, limits: Mapping[str, float | None]) -> bool:
+    if not isinstance(value, (int, float)):
+        return True
+    low, above, high = limits["at_least"], limits["above"], limits["at_most"]
+    finite = value - value == 0
+    return (
+        finite
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+    )
+
+
+def _unknown(key: str, value: Any, known: Mapping[str, Leaf]) -> str:
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"{key}: expected a section with the keys {', '.join(inside)}, got {value!r}"
+    near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
+    hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
+    return f"{key}: no such setting (got {value!r}){hint}"
+
+
+def _construct(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    arguments = {}
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            arguments[item.name] = _construct(hints[item.name], values, f"{key}.")
+        elif key in values:
+            arguments[item.name] = values[key]
+    return cls(**arguments)
+
+
+def _check_together(config: SimulationConfig) -> None:
+    """What no single setting shows."""
+    for key in ("model", "data", "out"):
+        if not getattr(config, key):
+            raise ConfigError(f"{key}: expected a value, got none; give --{key}")
+    if (config.dataset.prompt is None) != (config.dataset.response is None):
+        raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
+    limit = config.dataset.max_prompt_length
+    if limit is not None and limit >= config.dataset.max_length:
+        raise ConfigError(
+            f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
+            f"{config.dataset.max_length}, got {limit}"
+        )

@@ -1,0 +1,115 @@
+"""What a run shows: bars on a terminal, plain lines elsewhere, and a table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ferret_ext.federated.metrics import RoundMetrics
+from ferret_ext.federated.report import RunFolder
+
+
+class Narration:
+    """Shows a run as it goes by, and keeps its metrics in the run's folder. A context manager."""
+
+    def __init__(self, console: Console, folder: RunFolder, rounds: int) -> None:
+        self._console = console
+        self._folder = folder
+        self._rounds = rounds
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._round: TaskID | None = None
+        self._clients: TaskID | None = None
+
+    def __enter__(self) -> Narration:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def round_begins(self, round_: int, clients: list[int]) -> None:
+        if self._round is None:
+            self._round = self._progress.add_task("rounds ", total=self._rounds, note="")
+        if self._clients is not None:
+            self._progress.remove_task(self._clients)
+        self._clients = self._progress.add_task("clients", total=len(clients), note=f"of round {round_}")
+
+    def client_done(self, round_: int, client: int) -> None:
+        if self._clients is not None:
+            self._progress.advance(self._clients)
+
+    def round_ends(self, metrics: RoundMetrics) -> None:
+        self._folder.append(metrics)
+        self.say(_line(metrics, self._rounds))
+        if self._round is not None:
+            self._progress.update(self._round, advance=1, note=f"evaluation loss {metrics.eval_loss:.4f}")
+
+
+def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
+    """The run by round: loss, seconds and bytes, and below them the bytes of whole models."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("round", "eval loss", "local s", "project s", "rebuild s", "bytes up", "bytes down"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for metrics in history:
+        table.add_row(*_row(metrics))
+    whole = f"{len(history[-1].clients) * history[-1].model_bytes:,}"
+    table.add_section()
+    table.add_row("full model", "", "", "", "", whole, whole)
+    console.print(table)
+    console.print(_totals(history), highlight=False, soft_wrap=True)
+
+
+def _totals(history: Sequence[RoundMetrics]) -> str:
+    up, down = (
+        sum(getattr(metrics, f"payload_bytes_{way}") for metrics in history) for way in ("up", "down")
+    )
+    full = sum(len(metrics.clients) * metrics.model_bytes for metrics in history)
+    return (
+        "Seconds and bytes are sums over a round's clients; clients of one process share a rebuild.\n"
+        f"All rounds: {up:,} bytes up and {down:,} down. Full models would be {full:,} each way, "
+        f"{full / up:,.0f} and {full / down:,.0f} times as many."
+    )
+
+
+def _line(metrics: RoundMetrics, rounds: int) -> str:
+    if metrics.round == 0:
+        return f"round 0/{rounds}: evaluation loss {metrics.eval_loss:.4f} before training"
+    return (
+        f"round {metrics.round}/{rounds}: evaluation loss {metrics.eval_loss:.4f}, "
+        f"training loss {metrics.train_loss:.4f}, local {metrics.seconds_local:.2f} s, "
+        f"project {metrics.seconds_project:.3f} s, rebuild {metrics.seconds_rebuild:.3f} s, "
+        f"{metrics.payload_bytes_up:,} bytes up, {metrics.payload_bytes_down:,} down"
+    )
+
+
+def _row(metrics: RoundMetrics) -> tuple[str, ...]:
+    if metrics.round == 0:
+        return ("0", f"{metrics.eval_loss:.4f}", "", "", "", "", "")
+    return (
+        str(metrics.round),
+        f"{metrics.eval_loss:.4f}",
+        f"{metrics.seconds_local:.2f}",
+        f"{metrics.seconds_project:.3f}",
+        f"{metrics.seconds_rebuild:.3f}",
+        f"{metrics.payload_bytes_up:,}",
+        f"{metrics.payload_bytes_down:,}",
+    )

@@ -1,0 +1,1 @@
+"""From files and hub names to tokenised examples: sources, formats, tokens, partition, and text made here."""

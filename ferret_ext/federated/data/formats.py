@@ -1,0 +1,102 @@
+"""Formats: how the columns of a record become a prompt and a response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from string import Formatter
+
+from ferret_ext.federated.data.errors import DataError
+from ferret_ext.federated.data.sources import Record
+
+_TASK = "Below is an instruction that describes a task"
+_ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+_ALPACA = f"{_TASK}. {_ASK}### Response:\n"
+
+
+def _alpaca_with(column: str) -> str:
+    context = f"### Input:\n{{{column}}}\n\n"
+    return f"{_TASK}, paired with an input that provides further context. {_ASK}{context}### Response:\n"
+
+
+@dataclass(frozen=True)
+class Format:
+    """Templates over the columns; `prompt_with` is for records whose `optional` column is not empty."""
+
+    prompt: str
+    response: str
+    optional: str | None = None
+    prompt_with: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that every record must have."""
+        texts = (self.prompt, self.response)
+        return tuple(
+            dict.fromkeys(name for text in texts for _, name, _, _ in Formatter().parse(text) if name)
+        )
+
+    def prompt_of(self, record: Record) -> str:
+        if self.optional and _text(record.get(self.optional)).strip():
+            return _fill(self.prompt_with, record)
+        return _fill(self.prompt, record)
+
+    def response_of(self, record: Record) -> str:
+        return _fill(self.response, record)
+
+
+FORMATS = {
+    "gsm8k": Format("Question: {question}\nAnswer: ", "{answer}"),
+    "alpaca": Format(_ALPACA, "{output}", "input", _alpaca_with("input")),
+    "dolly": Format(_ALPACA, "{response}", "context", _alpaca_with("context")),
+}
+
+
+def choose(name: str, prompt: str | None, response: str | None, records: list[Record], source: str) -> Format:
+    """The format called `name`, the one that fits the columns ("auto"), or the user's own templates.
+
+    Raises DataError if the records lack a column of it.
+    """
+    columns = _columns(records)
+    if prompt is not None and response is not None:
+        chosen = Format(_checked(prompt), _checked(response))
+    elif name == "auto":
+        fitting = (known for known in FORMATS.values() if columns.issuperset(known.columns))
+        if (fit := next(fitting, None)) is None:
+            wanted = "; ".join(f"{', '.join(known.columns)} ({key})" for key, known in FORMATS.items())
+            raise DataError(
+                f"data {source}: expected the columns {wanted}; found {', '.join(sorted(columns))}. "
+                "Give dataset.prompt and dataset.response for others"
+            )
+        chosen = fit
+    else:
+        chosen = FORMATS[name]
+    if missing := [column for column in chosen.columns if column not in columns]:
+        raise DataError(
+            f"data {source}: expected the column {', '.join(missing)}, found {', '.join(sorted(columns))}"
+        )
+    return chosen
+
+
+def _columns(records: Iterable[Record]) -> set[str]:
+    return {column for record in records for column in record}
+
+
+def _checked(template: str) -> str:
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise DataError(f"dataset.prompt, dataset.response: {template!r} is no template: {error}") from None
+    if bad := [name for name in names if not name.isidentifier()]:
+        raise DataError(
+            f"dataset.prompt, dataset.response: expected {{column}} in {template!r}, got {{{bad[0]}}}"
+        )
+    return template
+
+
+def _fill(template: str, record: Record) -> str:
+    return Formatter().vformat(template, (), {key: _text(value) for key, value in record.items()})
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

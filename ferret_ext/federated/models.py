@@ -1,0 +1,117 @@
+"""Models and tokenizers: any causal language model of transformers, and a small Llama made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ferret_ext.federated.config import ConfigError
+
+TINY_LLAMA = "builtin:tiny-llama"
+
+
+def load(name: str, dtype: str, device: torch.device, seed: int) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, the hub, or "builtin:tiny-llama" with weights drawn from `seed`.
+
+    dtype: "auto" (as stored) or the name of a torch dtype. Raises ConfigError.
+    """
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if name == TINY_LLAMA:
+        model, tokenizer = tiny_llama(seed), byte_tokenizer()
+        model = model if wanted == "auto" else model.to(wanted)
+    else:
+        model, tokenizer = _pretrained(name, wanted)
+    _check(name, model, tokenizer)
+    return model.to(device), tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes a GPU where there is one. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: expected one of {torch.cuda.device_count()} visible GPUs, got {name!r}")
+    return device
+
+
+def trainable_bytes(model: nn.Module) -> int:
+    """Bytes of all trainable parameters: what sending the whole model takes."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def tiny_llama(seed: int) -> Any:
+    """A Llama of 0.1 million parameters over bytes, its weights drawn from `seed`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, after <pad>, <s> and </s>; a text begins with <s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and name.startswith((".", "/", "~")):
+        raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
+    source = str(folder) if folder.is_dir() else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model: expected a causal language model with its tokenizer at {name!r}: {reason}"
+        ) from None
+    return model, tokenizer
+
+
+def _check(name: str, model: Any, tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model {name}: expected a tokenizer with an EOS token, got none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"model {name}: expected a tokenizer of at most {rows} tokens, got {len(tokenizer)}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model {name}: expected trainable parameters, got none")

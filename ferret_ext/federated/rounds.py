@@ -1,0 +1,84 @@
+"""The round loop (arXiv 2409.06277, algorithm 1), on whatever engine carries the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, Protocol
+
+from ferret_ext.federated.algorithms.base import Reply
+from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
+from ferret_ext.federated.server import Server
+
+
+class Watcher(Protocol):
+    """Whoever wants to see a run go by."""
+
+    def round_begins(self, round_: int, clients: list[int]) -> None: ...
+
+    def client_done(self, round_: int, client: int) -> None: ...
+
+    def round_ends(self, metrics: RoundMetrics) -> None: ...
+
+
+Exchange = Callable[[int, list[int], Server[Any]], list[Reply]]  # round, its clients, server -> their replies
+Evaluate = Callable[[Any], float]  # model -> loss
+
+
+def run_rounds(
+    rounds: int,
+    server: Server[Any],
+    exchange: Exchange,
+    evaluate: Evaluate,
+    watcher: Watcher,
+    model_bytes: int,
+) -> list[RoundMetrics]:
+    """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
+
+    for r = 1 .. R:
+        the server draws the round's clients
+        each client: rebuilds w_{r-1} from what the server relays, trains T steps, sends its update
+        the server: w_r = w_{r-1} - server_learning_rate * mean of the updates
+    """
+
+    def measure(round_: int, clients: list[int], replies: list[Reply], watch: Stopwatch) -> RoundMetrics:
+        with watch("eval"):
+            loss = evaluate(server.replica.model)
+        metrics = _metrics(round_, clients, replies, loss, watch, model_bytes)
+        watcher.round_ends(metrics)
+        return metrics
+
+    history = [measure(0, [], [], Stopwatch())]
+    for round_ in range(1, rounds + 1):
+        watch = Stopwatch()
+        clients = server.choose(round_)
+        watcher.round_begins(round_, clients)
+        replies = exchange(round_, clients, server)
+        with watch("server"):
+            server.apply([reply.payload for reply in replies])
+        history.append(measure(round_, clients, replies, watch))
+    return history
+
+
+def _metrics(
+    round_: int,
+    clients: list[int],
+    replies: list[Reply],
+    eval_loss: float,
+    watch: Stopwatch,
+    model_bytes: int,
+) -> RoundMetrics:
+    return RoundMetrics(
+        round=round_,
+        clients=clients,
+        eval_loss=eval_loss,
+        train_loss=fmean(reply.train_loss for reply in replies) if replies else None,
+        payload_bytes_up=sum(len(reply.payload) for reply in replies),
+        payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
+        model_bytes=model_bytes,
+        seconds_local=sum(reply.watch["local"] for reply in replies),
+        seconds_project=sum(reply.watch["project"] for reply in replies),
+        seconds_rebuild=sum(reply.watch["rebuild"] for reply in replies),
+        seconds_server=watch["server"],
+        seconds_eval=watch["eval"],
+    )

@@ -1,0 +1,38 @@
+"""The server: draws the clients, turns their messages into the next model, and keeps what it relayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic
+
+import numpy as np
+
+from ferret_ext.federated.algorithms.base import Algorithm, R
+from ferret_ext.federated.seeds import derive
+
+
+class Server(Generic[R]):
+    """The global model and the broadcasts that led to it, one a round from round 0 on."""
+
+    def __init__(
+        self, algorithm: Algorithm[R], model: Any, num_clients: int, fraction: float, seed: int
+    ) -> None:
+        self.algorithm = algorithm
+        self.replica = algorithm.replicate(model)
+        self.broadcasts = [algorithm.open(self.replica)]
+        self._num_clients = num_clients
+        self._num_chosen = max(1, round(fraction * num_clients))
+        self._seed = seed
+
+    def choose(self, round_: int) -> list[int]:
+        """The round's clients, ascending: the configured fraction of all, at least one."""
+        random = np.random.Generator(np.random.PCG64(derive(self._seed, "clients", round_)))
+        return sorted(random.choice(self._num_clients, self._num_chosen, replace=False).tolist())
+
+    def broadcasts_since(self, seen: int) -> list[bytes]:
+        """What a client that has received `seen` broadcasts is still to receive."""
+        return self.broadcasts[seen:]
+
+    def apply(self, updates: Sequence[bytes]) -> None:
+        """w_r from the round's messages."""
+        self.broadcasts.append(self.algorithm.server_apply(self.replica, updates))

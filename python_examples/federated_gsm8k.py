@@ -1,0 +1,14 @@
+"""Federated full-parameter tuning on GSM8K: three clients, kilobytes a round.
+
+    python federated_gsm8k.py --model FOLDER --data FOLDER --out DIR [--rounds N]
+
+FOLDER with a causal language model of transformers, FOLDER with GSM8K's train.jsonl and test.jsonl. The settings are
+the preset "gsm8k" of `ferret simulate`, and every setting of that command can follow, e.g. ferret.K=8192.
+"""
+
+import sys
+
+from ferret_ext.federated.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["simulate", "--preset", "gsm8k", *sys.argv[1:]]))

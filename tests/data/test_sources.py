@@ -1,0 +1,84 @@
+"""Reading records: files, folders, task files, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ferret_ext.federated.data import instructions, sources
+from ferret_ext.federated.data.errors import DataError
+
+RECORDS = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_read_takes_json_lines_and_a_json_list(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", RECORDS)
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps(RECORDS))
+    for path in (lines, listed):
+        splits = sources.read(str(path))
+        assert [dict(record) for record in splits.train] == RECORDS
+        assert splits.test is None
+
+
+def test_read_takes_a_folder_with_one_file_a_split(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", RECORDS)
+    write_lines(tmp_path / "test.jsonl", RECORDS[:2])
+    splits = sources.read(str(tmp_path))
+    assert len(splits.train) == 5
+    assert splits.test is not None
+    assert len(splits.test) == 2
+    assert sources.read(str(tmp_path), eval_split="validation").test is None
+
+
+@pytest.mark.parametrize("definition", ["Say it.", ["Say it.", "Or else."]])
+def test_read_takes_natural_instructions_tasks(tmp_path: Path, definition: str | list[str]) -> None:
+    instances = [{"input": "a", "output": ["b", "c"]}, {"id": "2", "input": "d", "output": [""]}]
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"Definition": definition, "Instances": instances}))
+    assert sources.read(str(path)).train == [
+        {"instruction": "Say it.", "input": "a", "output": "b"},
+        {"instruction": "Say it.", "input": "d", "output": ""},
+    ]
+
+
+def test_read_takes_what_the_generator_writes(tmp_path: Path) -> None:
+    instructions.write(tmp_path, count=30)
+    for name, make in instructions.SETS.items():
+        assert [dict(r) for r in sources.read(str(tmp_path / f"{name}.jsonl")).train] == list(make(30, 0))
+    task = sources.read(str(tmp_path / "natural_instructions" / "addition.json"))
+    assert set(task.train[0]) == {"instruction", "input", "output"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", '{"a": 1}\n{"a": \n', "expected JSON records"),
+        ("empty.jsonl", "", "expected records, found none"),
+        ("list.json", "[]", "expected JSON records"),
+        ("text.txt", "a", "expected a .json or .jsonl file, got .txt"),
+    ],
+)
+def test_read_says_what_is_wrong_with_a_file(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        sources.read(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_read_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a file or a folder, found neither"):
+        sources.read(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(DataError, match=r"expected train.jsonl or train.json in it"):
+        sources.read(str(tmp_path))
+    with pytest.raises(DataError, match="expected one of builtin:alpaca, builtin:dolly, builtin:gsm8k"):
+        sources.read("builtin:nothing")

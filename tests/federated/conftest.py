@@ -1,0 +1,47 @@
+"""A small run that several tests look at, and the real data where there is some."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ferret_ext.federated.cli import main
+
+SMALL = [
+    *("--model", "builtin:tiny-llama", "--data", "builtin:gsm8k", "--rounds", "3", "--num-clients", "4"),
+    *(
+        "client_fraction=0.5",
+        "dataset.max_length=160",
+        "training.max_steps=2",
+        "ferret.K=64",
+        "num_threads=1",
+    ),
+    *("training.gradient_accumulation_steps=1", "training.optim=adam", "training.learning_rate=0.01"),
+    *("evaluation.max_samples=4", "server_learning_rate=0.5"),
+]
+
+
+def read_metrics(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    assert main(["simulate", *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with gsm8k/ and tiny_llm/stories260K-hf/; skips where there is none."""
+    named = os.environ.get("FERRET_DATA")
+    folder = Path(named) if named else Path(__file__).parents[3] / "shared" / "data"
+    needed = [folder / "gsm8k" / "train.jsonl", folder / "tiny_llm" / "stories260K-hf" / "config.json"]
+    if absent := [str(path) for path in needed if not path.is_file()]:
+        pytest.skip(f"no real data: {absent[0]} is absent; set FERRET_DATA to a folder that has it")
+    return folder

@@ -1,0 +1,122 @@
+"""Settings from presets, files and overrides, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ferret_ext.federated import config as configuration
+from ferret_ext.federated.config import (
+    ConfigError,
+    SimulationConfig,
+    build,
+    flatten,
+    read_override,
+    read_yaml,
+)
+from ferret_ext.federated.presets import PRESETS
+
+NEEDED = [("model", "m"), ("data", "d"), ("out", "o")]
+
+
+def test_build_takes_dotted_settings_and_the_later_wins() -> None:
+    config = build([*NEEDED, ("rounds", 3), ("ferret.K", 16), ("rounds", "5"), ("training.optim", "adam")])
+    assert (config.rounds, config.ferret.K, config.training.optim) == (5, 16, "adam")
+    assert config.training.max_steps == SimulationConfig().training.max_steps
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "read"),
+    [
+        ("training.learning_rate", "1e-4", 1e-4),
+        ("training.learning_rate", 1, 1.0),
+        ("ferret.granularity", "packed", "packed"),
+        ("ferret.granularity", "4096", 4096),
+        ("training.max_grad_norm", "none", None),
+        ("training.max_grad_norm", None, None),
+        ("training.max_grad_norm", "2", 2.0),
+        ("dataset.prompt", "{q}", "{q}"),
+        ("model", 7, "7"),
+        ("rounds", 5.0, 5),
+        ("seed", 2**62, 2**62),
+    ],
+)
+def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any) -> None:
+    settings = [*NEEDED, ("dataset.response", "{a}"), ("dataset.prompt", "{b}"), (key, value)]
+    config: Any = build(settings)
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == read
+    assert type(config) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rounds", "many", "rounds: expected an integer and >= 1, got 'many'"),
+        ("rounds", 0, "rounds: expected an integer and >= 1, got 0"),
+        ("rounds", 1.5, "rounds: expected an integer and >= 1, got 1.5"),
+        ("rounds", True, "rounds: expected an integer and >= 1, got True"),
+        ("rounds", None, "rounds: expected an integer and >= 1, got None"),
+        ("rounds", [1], "rounds: expected an integer"),
+        ("client_fraction", "1.5", "client_fraction: expected a number and > 0 and <= 1, got '1.5'"),
+        ("training.learning_rate", "nan", "training.learning_rate: expected a number and > 0, got 'nan'"),
+        ("training.learning_rate", "inf", "training.learning_rate: expected a number and > 0, got 'inf'"),
+        ("training.optim", "sgdd", "training.optim: expected sgd or adam, got 'sgdd'"),
+        ("ferret.granularity", "row", "ferret.granularity: expected an integer or tensor or packed and >= 1"),
+        ("ferret.granularity", 0, "ferret.granularity: expected"),
+        ("training.max_grad_norm", "x", "training.max_grad_norm: expected a number or none and > 0, got 'x'"),
+        ("ferret", 4096, r"ferret: expected a section with the keys ferret.K, .*, got 4096"),
+        ("ronds", 4, "ronds: no such setting .* did you mean rounds?"),
+        ("K", 4, "K: no such setting .* did you mean ferret.K?"),
+        ("zzz", 4, "zzz: no such setting .* the keys are model, data"),
+        ("model", "", "model: expected a value, got none; give --model"),
+        ("dataset.prompt", "{q}", "dataset.prompt: expected together with dataset.response"),
+        (
+            "dataset.max_prompt_length",
+            1024,
+            "dataset.max_prompt_length: expected less than dataset.max_length",
+        ),
+    ],
+)
+def test_build_names_key_expected_and_got(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build([*NEEDED, (key, value)])
+
+
+def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = build(
+        [*NEEDED, *flatten(PRESETS["gsm8k"]), ("dataset.prompt", "Ä {q}\n"), ("dataset.response", "{a}")]
+    )
+    config.save(tmp_path / "config.yaml")
+    assert build(read_yaml(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    build([*NEEDED, *flatten(PRESETS[name])])
+
+
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text"])
+def test_read_yaml_says_what_is_wrong(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"config file .*run.yaml: expected"):
+        read_yaml(path)
+    with pytest.raises(ConfigError, match="expected readable YAML"):
+        read_yaml(tmp_path / "absent.yaml")
+
+
+def test_read_override_splits_at_the_first_equals_sign() -> None:
+    assert read_override("dataset.prompt=a=b") == ("dataset.prompt", "a=b")
+    with pytest.raises(ConfigError, match="override 'rounds': expected key=value"):
+        read_override("rounds")
+
+
+def test_every_setting_has_a_help_text_and_a_default_in_its_range() -> None:
+    for leaf in configuration.leaves():
+        assert leaf.help
+        if leaf.default != "":
+            assert configuration._convert(leaf, leaf.default) == leaf.default

@@ -1,0 +1,282 @@
+"""Ferret's rounds against a few lines that follow the paper with materialised bases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ferret_ext
+from ferret_ext.federated import wire
+from ferret_ext.federated.algorithms.base import LocalData
+from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
+from ferret_ext.federated.config import ConfigError, FerretConfig
+from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.server import Server
+from ferret_ext.federated.wire import WireError
+
+STEP = 0.4
+VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
+
+
+def toy() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def train(model: Any, data: Sequence[Example], seed: int) -> float:
+    """Five SGD steps on a regression drawn from the seed; the examples are not looked at."""
+    random = torch.Generator().manual_seed(seed % 2**63)
+    x = torch.randn(20, 9, generator=random).to(next(model.parameters()).dtype)
+    y = torch.randn(20, 3, generator=random).to(x.dtype)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@dataclass
+class Federation:
+    """A server and one client replica for all, as an engine would hold them."""
+
+    algorithm: Ferret
+    server: Server[Any]
+    client: Any
+
+    def round(self, clients: int = 3) -> list[bytes]:
+        round_ = len(self.server.broadcasts)
+        messages = []
+        for client in range(clients):
+            data = LocalData(client, round_, 100 * round_ + client, [])
+            messages.append(self.algorithm.client_update(self.client, data, self.server.broadcasts).payload)
+        self.server.apply(messages)
+        return messages
+
+
+def federation(model: nn.Module | None = None, **settings: Any) -> Federation:
+    model = model or toy()
+    algorithm = Ferret(FerretConfig(**{"K": 40, **settings}), STEP, train)
+    return Federation(
+        algorithm, Server(algorithm, model, 3, 1.0, 0), algorithm.replicate(copy.deepcopy(model))
+    )
+
+
+def basis_matrix(block: ferret_ext.Block, seed: int, basis: Any) -> Tensor:
+    """V_l, float64 [d_l, K_l]."""
+    shape = (block.numel,)
+    return torch.stack(
+        [
+            ferret_ext.basis(seed, k, shape, basis=basis, offset=block.offset, dtype=torch.float64)
+            for k in range(block.k)
+        ],
+        dim=1,
+    )
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> Tensor:
+    """w - step * mean_i V_i gamma_i with gamma_l = V_l^T delta_l / (rho_l K_l), from the toy's own training."""
+    start = toy()
+    plan = fed.algorithm.replicate(start).plan
+    total = torch.zeros(sum(block.numel for block in plan.blocks), dtype=torch.float64)
+    for message in messages:
+        update = wire.decode_update(message)
+        model = toy()
+        train(model, [], seed_of_training(update.client))
+        delta = flat(list(start.parameters())) - flat(list(model.parameters()))
+        parts = delta.split([block.numel for block in plan.blocks])
+        rebuilt = []
+        for block, part in zip(plan.blocks, parts, strict=True):
+            V = basis_matrix(block, update.seed, basis)
+            gamma = V.T @ part * block.numel / (VARIANCE[basis] * block.k)
+            rebuilt.append(V @ gamma)
+        total += torch.cat(rebuilt) / len(messages)
+    return flat(list(start.parameters())) - STEP * total
+
+
+def seed_of_training(client: int) -> int:
+    from ferret_ext.federated.seeds import derive
+
+    return derive(100 + client, "training")
+
+
+@pytest.mark.parametrize("basis", ["rademacher", "uniform", "gaussian"])
+@pytest.mark.parametrize("granularity", ["tensor", "packed", 30])
+def test_round_is_the_papers(basis: str, granularity: Any) -> None:
+    fed = federation(basis=basis, granularity=granularity)
+    messages = fed.round()
+    expected = federate_by_the_book(fed, messages, basis)
+    torch.testing.assert_close(flat(fed.server.replica.params), expected, rtol=0, atol=2e-6)
+    assert (flat(fed.server.replica.params) - flat(list(toy().parameters()))).norm() > 0.01
+
+
+@pytest.mark.parametrize("allocation", ["size", "norm", "mse"])
+def test_clients_and_server_hold_the_same_bits(allocation: str) -> None:
+    fed = federation(allocation=allocation)
+    for _ in range(3):
+        fed.round()
+    fed.client.rewind()
+    for broadcast in fed.server.broadcasts:
+        fed.algorithm.rebuild(fed.client, broadcast)
+    assert fed.client.round == fed.server.replica.round == 3
+    assert fed.client.plan == fed.server.replica.plan
+    for mine, theirs in zip(fed.client.params, fed.server.replica.params, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_client_that_comes_late_rebuilds_from_the_broadcasts() -> None:
+    fed = federation(allocation="norm")
+    for _ in range(3):
+        fed.round()
+    late = fed.algorithm.replicate(toy())
+    for broadcast in fed.server.broadcasts:
+        fed.algorithm.rebuild(late, broadcast)
+    assert torch.equal(flat(late.params), flat(fed.server.replica.params))
+    with pytest.raises(WireError, match="broadcast must have round 1, got 2"):
+        fed.algorithm.rebuild(fed.algorithm.replicate(toy()), fed.server.broadcasts[2])
+
+
+def test_rounds_repeat_to_the_bit() -> None:
+    first, second = federation(), federation()
+    assert [first.round() for _ in range(2)] == [second.round() for _ in range(2)]
+    assert torch.equal(flat(first.server.replica.params), flat(second.server.replica.params))
+
+
+def test_seeds_differ_between_clients_and_rounds() -> None:
+    fed = federation()
+    seeds = [wire.decode_update(message).seed for _ in range(3) for message in fed.round()]
+    assert len(set(seeds)) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clients_train_in_any_dtype(dtype: torch.dtype) -> None:
+    """The model moves, stays finite, and server and client agree; coordinates are float32 on the wire."""
+    fed = federation(toy().to(dtype))
+    before = flat(fed.server.replica.params)
+    messages = fed.round()
+    fed.client.rewind()
+    fed.algorithm.rebuild(fed.client, fed.server.broadcasts[-1])
+    after = flat(fed.server.replica.params)
+    assert fed.server.replica.params[0].dtype == dtype
+    assert after.isfinite().all()
+    assert (after - before).norm() > 0.01
+    assert torch.equal(after, flat(fed.client.params))
+    assert len({len(message) for message in messages}) == 1
+
+
+def test_clients_of_different_dtypes_share_a_round() -> None:
+    """A bfloat16 client's update is the float32 client's but for its own rounding."""
+    single, half = federation(), federation(toy().bfloat16())
+    message, other = single.round(1)[0], half.round(1)[0]
+    mixed = federation()
+    update = wire.decode_update(other)
+    renamed = wire.encode_update(wire.Update(**{**vars(update), "client": 1}))
+    mixed.server.apply([message, renamed])
+    gammas = torch.from_numpy(wire.decode_update(message).gammas)
+    difference = torch.from_numpy(update.gammas) - gammas
+    assert difference.norm() < 0.2 * gammas.norm()
+    assert flat(mixed.server.replica.params).isfinite().all()
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = toy()
+    frozen = model[0].weight.requires_grad_(False)
+    before = frozen.clone()
+    fed = federation(model)
+    fed.round()
+    assert [name for name, _ in fed.server.replica.plan.tensors] == ["0.bias", "2.weight", "2.bias"]
+    assert torch.equal(frozen, before)
+
+
+def test_block_norms_estimate_the_updates_norms() -> None:
+    """Within 5 standard errors, sqrt(2 / (2 K_l)) relative, of the norm of each block."""
+    torch.manual_seed(0)
+    scales = (0.1, 3.0, 1.0)
+    new = [torch.randn(2000) * scale for scale in scales]
+    old = [torch.zeros(2000) for _ in scales]
+    named = [(f"p{i}", nn.Parameter(tensor)) for i, tensor in enumerate(new)]
+    plan = ferret_ext.BlockPlan.from_parameters(named, 3000)
+    gammas = ferret_ext.project_difference(plan, old, new, 7)
+    update = wire.Update(bytes(8), "rademacher", 1, 0, 7, 1.0, gammas.numpy())
+    estimate = torch.tensor(block_norms(plan, [update]))
+    exact = torch.tensor([tensor.norm().item() for tensor in new])
+    assert ((estimate / exact - 1).abs() < 5 / (2 * 1000) ** 0.5).all()
+
+
+def test_allocation_by_norm_follows_the_last_round() -> None:
+    fed = federation(allocation="norm")
+    by_size = fed.server.replica.plan
+    fed.round()
+    plan = fed.server.replica.plan
+    assert plan.K == by_size.K == 40
+    assert plan != by_size
+    assert [block.offset for block in plan.blocks] == [block.offset for block in by_size.blocks]
+
+
+def changed(message: bytes, **fields: Any) -> bytes:
+    return wire.encode_update(wire.Update(**{**vars(wire.decode_update(message)), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"round": 2}, "client 0's update must have round 1, got 2"),
+        ({"plan": bytes(8)}, "client 0's update must have plan .*, got 0000000000000000"),
+        ({"basis": "uniform"}, "client 0's update must have basis rademacher, got uniform"),
+    ],
+)
+def test_server_refuses_updates_of_another_run(fields: dict[str, Any], message: str) -> None:
+    fed, other = federation(), federation()
+    sent = other.round()
+    before = flat(fed.server.replica.params)
+    with pytest.raises(WireError, match=message):
+        fed.server.apply([changed(sent[0], **fields), *sent[1:]])
+    assert torch.equal(before, flat(fed.server.replica.params))
+    assert len(fed.server.broadcasts) == 1
+
+
+def test_server_refuses_other_lengths_and_second_messages() -> None:
+    fed, sent = federation(), federation().round()
+    short = changed(sent[0], gammas=wire.decode_update(sent[0]).gammas[:-1])
+    with pytest.raises(WireError, match="client 0's update must have number of coordinates 40, got 39"):
+        fed.server.apply([short])
+    with pytest.raises(
+        WireError, match=r"round 1 must have one update from each client, got them from \[0, 0\]"
+    ):
+        fed.server.apply([sent[0], sent[0]])
+    with pytest.raises(WireError, match=r"got them from \[\]"):
+        fed.server.apply([])
+
+
+def test_client_refuses_the_broadcast_of_another_plan() -> None:
+    fed, other = federation(), federation(K=41)
+    with pytest.raises(WireError, match="broadcast must have plan"):
+        fed.algorithm.rebuild(fed.client, other.server.broadcasts[0])
+
+
+def test_too_few_coordinates_are_a_config_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"ferret: .*K must be at least the number of blocks, got K = 3 for 4"
+    ):
+        federation(K=3)
+
+
+def test_server_draws_the_fraction_of_the_clients() -> None:
+    algorithm = Ferret(FerretConfig(K=40), STEP, train)
+    server = Server(algorithm, toy(), 40, 0.1, seed=3)
+    drawn = [server.choose(round_) for round_ in range(1, 200)]
+    assert all(len(clients) == 4 == len(set(clients)) for clients in drawn)
+    assert drawn[0] == server.choose(1)
+    assert {client for clients in drawn for client in clients} == set(range(40))
+    assert len(Server(algorithm, toy(), 40, 0.001, seed=3).choose(1)) == 1
