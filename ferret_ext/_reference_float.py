@@ -26,7 +26,7 @@ def fma32(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def fma64(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a b + c of float64 values, rounded once; the error of a b must be a float64 too, as for |a b| > 2^-960."""
+    """a b + c of float64 values, rounded once; for |a b| > 2^-960, so that its error is a float64 too."""
     high, low = _two_product(a, b)
     middle, lowest = _two_sum(c, low)
     total, rest = _two_sum(high, middle)

@@ -2,8 +2,9 @@
 
     python federated_gsm8k.py --model FOLDER --data FOLDER --out DIR [--rounds N]
 
-FOLDER with a causal language model of transformers, FOLDER with GSM8K's train.jsonl and test.jsonl. The settings are
-the preset "gsm8k" of `ferret simulate`, and every setting of that command can follow, e.g. ferret.K=8192.
+The first FOLDER holds a causal language model of transformers, the second GSM8K's train.jsonl and test.jsonl.
+The settings are the preset "gsm8k" of `ferret simulate`, and every setting of that command can follow, e.g.
+ferret.K=8192.
 """
 
 import sys

@@ -15,7 +15,7 @@ def train(model: nn.Module, steps: int = 20) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
+        nn.MSELoss()(model(x), y).backward()
         optimizer.step()
 
 
@@ -31,8 +31,10 @@ def main() -> None:
     rebuilt = [parameter.clone() for parameter in old]
     ferret_ext.apply_(plan, rebuilt, [(SEED, gammas, 1.0)], alpha=-1.0)
 
-    delta = torch.cat([(before - after).flatten() for before, after in zip(old, new)]).detach()
-    delta_rebuilt = torch.cat([(before - after).flatten() for before, after in zip(old, rebuilt)])
+    delta = torch.cat([(before - after).flatten() for before, after in zip(old, new, strict=True)]).detach()
+    delta_rebuilt = torch.cat(
+        [(before - after).flatten() for before, after in zip(old, rebuilt, strict=True)]
+    )
     cosine = nn.functional.cosine_similarity(delta, delta_rebuilt, dim=0)
     print(f"{delta.numel():,} numbers sent as {gammas.numel():,}: cosine of the rebuilt update {cosine:.3f}")
 

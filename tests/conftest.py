@@ -21,13 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=ferret_ext.cpu_capability()["available"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor can run, in turn."""
+@pytest.fixture
+def restored_isa() -> Iterator[None]:
+    """Lets a test choose the instruction set."""
     before = ferret_ext.cpu_capability()["isa"]
-    ferret_ext.set_cpu_isa(request.param)
-    yield request.param
+    yield
     ferret_ext.set_cpu_isa(before)
+
+
+@pytest.fixture(params=ferret_ext.cpu_capability()["available"])
+def isa(request: pytest.FixtureRequest, restored_isa: None) -> str:
+    """Every instruction set that this processor can run, in turn."""
+    ferret_ext.set_cpu_isa(request.param)
+    return str(request.param)
 
 
 @pytest.fixture

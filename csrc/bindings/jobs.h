@@ -59,7 +59,8 @@ class SinglePlan {
  public:
   SinglePlan(const char* op, int64_t offset, int64_t length, int64_t numel, int64_t columns)
       : block_{offset, numel, columns, 0}, piece_{0, 0, length, offset, 0} {
-    STD_TORCH_CHECK(offset >= 0 && length >= 0 && offset <= INT64_MAX - length, op, ": offset out of range, got ", offset);
+    STD_TORCH_CHECK(offset >= 0 && length >= 0 && offset <= INT64_MAX - length, op, ": offset out of range, got ",
+                    offset);
     STD_TORCH_CHECK(numel >= 0, op, ": numel must not be negative, got ", numel);
     STD_TORCH_CHECK(columns >= 1 && columns < (int64_t{1} << 32), op, ": K must be in [1, 2^32), got ", columns);
   }
@@ -73,12 +74,14 @@ class SinglePlan {
 // The rows of BlockPlan.blocks_table and BlockPlan.pieces_table.
 class TablePlan {
  public:
-  TablePlan(const char* op, const Tensor& blocks, const Tensor& pieces, const std::vector<Tensor>& tensors, int64_t total)
+  TablePlan(const char* op, const Tensor& blocks, const Tensor& pieces, const std::vector<Tensor>& tensors,
+            int64_t total)
       : plan_{rows<Block>(op, blocks), blocks.size(0), rows<Piece>(op, pieces), pieces.size(0)} {
     for (int64_t b = 0; b < plan_.num_blocks; ++b) {
       const Block& block = plan_.blocks[b];
-      STD_TORCH_CHECK(block.offset >= 0 && block.numel >= 0 && block.columns >= 1 && block.columns < (int64_t{1} << 32) &&
-                          block.start >= 0 && block.start <= total - block.columns,
+      STD_TORCH_CHECK(block.offset >= 0 && block.numel >= 0 && block.columns >= 1 &&
+                          block.columns < (int64_t{1} << 32) && block.start >= 0 &&
+                          block.start <= total - block.columns,
                       op, ": block ", b, " of the plan does not fit ", total, " coordinates");
     }
     int64_t last_block = 0, end = 0;
@@ -86,11 +89,14 @@ class TablePlan {
       const Piece& piece = plan_.pieces[p];
       STD_TORCH_CHECK(piece.tensor >= 0 && piece.tensor < static_cast<int64_t>(tensors.size()), op, ": piece ", p,
                       " names tensor ", piece.tensor, " of ", tensors.size());
-      STD_TORCH_CHECK(piece.start >= 0 && piece.length >= 1 && piece.start <= tensors[piece.tensor].numel() - piece.length, op,
-                      ": piece ", p, " does not fit its tensor of ", tensors[piece.tensor].numel(), " elements");
-      STD_TORCH_CHECK(piece.block >= last_block && piece.block < plan_.num_blocks, op, ": piece ", p, " is out of order");
+      STD_TORCH_CHECK(
+          piece.start >= 0 && piece.length >= 1 && piece.start <= tensors[piece.tensor].numel() - piece.length, op,
+          ": piece ", p, " does not fit its tensor of ", tensors[piece.tensor].numel(), " elements");
+      STD_TORCH_CHECK(piece.block >= last_block && piece.block < plan_.num_blocks, op, ": piece ", p,
+                      " is out of order");
       if (piece.block != last_block) end = 0;
-      STD_TORCH_CHECK(piece.offset >= end && piece.offset <= INT64_MAX - piece.length, op, ": piece ", p, " is out of order");
+      STD_TORCH_CHECK(piece.offset >= end && piece.offset <= INT64_MAX - piece.length, op, ": piece ", p,
+                      " is out of order");
       last_block = piece.block;
       end = piece.offset + piece.length;
     }
@@ -100,16 +106,16 @@ class TablePlan {
  private:
   template <class Row>
   static const Row* rows(const char* op, const Tensor& table) {
-    STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
-                        table.size(1) == static_cast<int64_t>(sizeof(Row) / sizeof(int64_t)),
+    STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
+                        table.dim() == 2 && table.size(1) == static_cast<int64_t>(sizeof(Row) / sizeof(int64_t)),
                     op, ": the plan's tables must be contiguous int64 CPU tensors");
     return static_cast<const Row*>(table.data_ptr());
   }
   Plan plan_;
 };
 
-inline std::vector<Update> updates_of(const char* op, const std::vector<int64_t>& seeds, const std::vector<double>& weights,
-                                      const Tensor& gammas) {
+inline std::vector<Update> updates_of(const char* op, const std::vector<int64_t>& seeds,
+                                      const std::vector<double>& weights, const Tensor& gammas) {
   STD_TORCH_CHECK(seeds.size() == weights.size() && gammas.dim() == 2 && gammas.is_contiguous() &&
                       gammas.size(0) == static_cast<int64_t>(seeds.size()),
                   op, ": expected as many rows of gammas as seeds and weights, contiguous");
@@ -123,15 +129,20 @@ inline BasisJob basis_job(const Tensor& out, int64_t seed, int64_t k, int64_t ki
   STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous");
   STD_TORCH_CHECK(k >= 0 && k < (int64_t{1} << 32), op, ": k must be in [0, 2^32), got ", k);
   STD_TORCH_CHECK(offset >= 0 && offset <= INT64_MAX - out.numel() && numel >= 0, op, ": offset or numel out of range");
-  return {{static_cast<uint64_t>(seed), basis_of(op, kind)}, static_cast<uint32_t>(k), offset, numel, out.numel(),
+  return {{static_cast<uint64_t>(seed), basis_of(op, kind)},
+          static_cast<uint32_t>(k),
+          offset,
+          numel,
+          out.numel(),
           {out.data_ptr(), dtype_of(op, out)}};
 }
 
 // A backend runs jobs on raw memory; these are the operators over it.
 template <class Backend>
 struct Operators {
-  static Tensor project_job(const char* op, const Plan& plan, const std::vector<Tensor>& now, const std::vector<Tensor>& before,
-                            const Tensor& like, int64_t total, int64_t seed, int64_t kind) {
+  static Tensor project_job(const char* op, const Plan& plan, const std::vector<Tensor>& now,
+                            const std::vector<Tensor>& before, const Tensor& like, int64_t total, int64_t seed,
+                            int64_t kind) {
     const bool wide = any_float64(now) || any_float64(before);
     Tensor gamma = torch::stable::new_zeros(like, {total}, working_type(wide));
     const auto now_refs = references(op, now, like.get_device_index());
@@ -140,8 +151,12 @@ struct Operators {
     for (size_t i = 0; i < before.size(); ++i) {
       STD_TORCH_CHECK(before[i].numel() == now[i].numel(), op, ": old and new tensor ", i, " differ in length");
     }
-    Backend::project({plan, now_refs.data(), before.empty() ? nullptr : before_refs.data(),
-                      {static_cast<uint64_t>(seed), basis_of(op, kind)}, wide, gamma.data_ptr()},
+    Backend::project({plan,
+                      now_refs.data(),
+                      before.empty() ? nullptr : before_refs.data(),
+                      {static_cast<uint64_t>(seed), basis_of(op, kind)},
+                      wide,
+                      gamma.data_ptr()},
                      like);
     return gamma;
   }
@@ -152,8 +167,8 @@ struct Operators {
     return project_job("project", plan.plan(), {delta}, {}, delta, k, seed, kind);
   }
 
-  static Tensor project_blocks(std::vector<Tensor> now, std::vector<Tensor> before, Tensor blocks, Tensor pieces, int64_t total,
-                               int64_t seed, int64_t kind) {
+  static Tensor project_blocks(std::vector<Tensor> now, std::vector<Tensor> before, Tensor blocks, Tensor pieces,
+                               int64_t total, int64_t seed, int64_t kind) {
     STD_TORCH_CHECK(!now.empty(), "project_blocks: expected at least one tensor");
     const TablePlan plan("project_blocks", blocks, pieces, now, total);
     return project_job("project_blocks", plan.plan(), now, before, now[0], total, seed, kind);
@@ -164,8 +179,8 @@ struct Operators {
     const auto refs = references(op, params, gammas.get_device_index());
     const bool wide = any_float64(params) || gammas.scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(gammas.scalar_type() == working_type(wide), op, ": gammas must be ", wide ? "float64" : "float32");
-    Backend::apply({plan, refs.data(), updates.data(), static_cast<int64_t>(updates.size()), gammas.data_ptr(), gammas.size(-1),
-                    basis_of(op, kind), alpha, wide, overwrite},
+    Backend::apply({plan, refs.data(), updates.data(), static_cast<int64_t>(updates.size()), gammas.data_ptr(),
+                    gammas.size(-1), basis_of(op, kind), alpha, wide, overwrite},
                    gammas);
   }
 
@@ -181,8 +196,8 @@ struct Operators {
     return out;
   }
 
-  static void apply_blocks_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, Tensor gammas, std::vector<int64_t> seeds,
-                            std::vector<double> weights, double alpha, int64_t kind) {
+  static void apply_blocks_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, Tensor gammas,
+                            std::vector<int64_t> seeds, std::vector<double> weights, double alpha, int64_t kind) {
     const TablePlan plan("apply_blocks_", blocks, pieces, params, gammas.size(-1));
     const auto updates = updates_of("apply_blocks_", seeds, weights, gammas);
     apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false);

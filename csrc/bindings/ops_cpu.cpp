@@ -53,7 +53,8 @@ void set_cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY(ferret, library) {
   library.def("project(Tensor delta, int seed, int k, int kind, int offset, int numel) -> Tensor");
   library.def(
-      "project_blocks(Tensor[] new, Tensor[] old, Tensor blocks, Tensor pieces, int total, int seed, int kind) -> Tensor");
+      "project_blocks(Tensor[] new, Tensor[] old, Tensor blocks, Tensor pieces, int total, int seed, int kind) -> "
+      "Tensor");
   library.def(
       "reconstruct(Tensor gamma, int seed, int count, int kind, int offset, int numel, ScalarType dtype) -> Tensor");
   library.def(

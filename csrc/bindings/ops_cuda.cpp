@@ -44,7 +44,8 @@ int64_t elements(const Plan& plan) {
 std::string shape_of(const Plan& plan) {
   int64_t columns = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) columns += plan.blocks[b].columns;
-  return " d=" + std::to_string(elements(plan)) + " L=" + std::to_string(plan.num_blocks) + " K=" + std::to_string(columns);
+  return " d=" + std::to_string(elements(plan)) + " L=" + std::to_string(plan.num_blocks) +
+         " K=" + std::to_string(columns);
 }
 
 struct Cuda {

@@ -8,11 +8,11 @@
 
 namespace ferret {
 
-inline constexpr int kTile = 512;            // elements that share a scale in project; tiles start at multiples of it
-inline constexpr int kDeltaBits = 22;        // |q| < 2^22: 512 of them add up below 2^31
-inline constexpr int kGroup = 64;            // columns that share a scale in reconstruct
-inline constexpr int kCoordinateBits = 23;   // |c| < 2^23
-inline constexpr int kFoldRadix = 64;        // sums are folded 64 at a time, at every level, in both directions
+inline constexpr int kTile = 512;           // elements that share a scale in project; tiles start at multiples of it
+inline constexpr int kDeltaBits = 22;       // |q| < 2^22: 512 of them add up below 2^31
+inline constexpr int kGroup = 64;           // columns that share a scale in reconstruct
+inline constexpr int kCoordinateBits = 23;  // |c| < 2^23
+inline constexpr int kFoldRadix = 64;       // sums are folded 64 at a time, at every level, in both directions
 inline constexpr int kWordsPerTile = kTile / 32;
 
 template <class Real>

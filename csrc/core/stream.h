@@ -29,8 +29,8 @@ FERRET_HD constexpr double basis_variance(Basis basis) { return basis == Basis::
 
 // The four words of group t of column k.
 FERRET_HD Words stream_words(uint64_t seed, Basis basis, uint64_t t, uint32_t k) {
-  const Words ctr = {{static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), k,
-                      kContractTag | static_cast<uint32_t>(basis)}};
+  const Words ctr = {
+      {static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), k, kContractTag | static_cast<uint32_t>(basis)}};
   return philox4x32_10(ctr, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
@@ -79,9 +79,7 @@ FERRET_HD double square_root(double x) {
 }
 
 // Round half to even, as an integer, for |x| <= 2^22: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
-FERRET_HD int32_t round_to_int(float x) {
-  return static_cast<int32_t>(float_to_bits(x + 12582912.0f)) - 0x4B400000;
-}
+FERRET_HD int32_t round_to_int(float x) { return static_cast<int32_t>(float_to_bits(x + 12582912.0f)) - 0x4B400000; }
 
 // Constants of the Box-Muller transform below; the polynomials are Chebyshev fits of our own (docs/streams.md).
 struct BoxMuller {
@@ -93,7 +91,7 @@ struct BoxMuller {
   static constexpr float kSin0 = -0x1.555552p-3f, kSin1 = 0x1.110c2ap-7f, kSin2 = -0x1.9aca02p-13f;
   static constexpr float kCos0 = -0x1.fffff4p-2f, kCos1 = 0x1.554a52p-5f, kCos2 = -0x1.661efap-10f;
   static constexpr float kTwoLn2 = 0x1.62e430p+0f;
-  static constexpr float kAngle = 0x1.921fb6p-32f;     // pi/4 * 2^-31
+  static constexpr float kAngle = 0x1.921fb6p-32f;    // pi/4 * 2^-31
   static constexpr uint32_t kSqrtHalf = 0x3F3504F3u;  // bits of sqrt(1/2)
 };
 

@@ -61,17 +61,18 @@ template <class Real>
 BlockUpdates<Real> prepare(const ApplyJob& job, const Block& block) {
   BlockUpdates<Real> result;
   const Real* gammas = static_cast<const Real*>(job.gammas) + block.start;
-  int exponent = std::numeric_limits<int>::min();
+  int exponent = job.num_updates == 0 ? 0 : -Working<Real>::max_block_exponent;
   for (int64_t i = 0; i < job.num_updates; ++i) {
     result.coordinates.push_back(to_coordinates(gammas + i * job.total, block.columns));
     exponent = std::max(exponent, result.coordinates.back().exponent);
   }
   for (int64_t i = 0; i < job.num_updates; ++i) {
-    const int difference = result.coordinates[i].exponent - exponent;
-    result.weights.push_back(static_cast<Real>(job.updates[i].weight * power_of_two(difference, double())));
+    const Scale<double> relative(result.coordinates[i].exponent, exponent);
+    result.weights.push_back(static_cast<Real>(relative(job.updates[i].weight)));
   }
   const double largest = std::numeric_limits<Real>::max();
-  result.factor = static_cast<Real>(clamp(apply_factor(job.basis, block.numel, job.alpha, exponent), -largest, largest));
+  result.factor =
+      static_cast<Real>(clamp(apply_factor(job.basis, block.numel, job.alpha, exponent), -largest, largest));
   return result;
 }
 

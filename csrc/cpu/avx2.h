@@ -41,9 +41,7 @@ struct Avx2 {
   FERRET_HD static I multiply_even_signed(I a, I b) { return _mm256_mul_epi32(a, b); }
   FERRET_HD static I add64(I a, I b) { return _mm256_add_epi64(a, b); }
   FERRET_HD static I odd_to_even(I a) { return _mm256_srli_epi64(a, 32); }
-  FERRET_HD static I interleave(I even, I odd) {
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  }
+  FERRET_HD static I interleave(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }

@@ -26,7 +26,8 @@ const Kernels& find_kernels(const std::string& name) {
     if (kernels->name == name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::runtime_error("FERRET_CPU_ISA: expected one of " + names + " (what this processor can run), got '" + name + "'");
+  throw std::runtime_error("FERRET_CPU_ISA: expected one of " + names + " (what this processor can run), got '" + name +
+                           "'");
 }
 
 std::atomic<const Kernels*> active{nullptr};

@@ -57,8 +57,8 @@ struct BlockPieces {
   }
   // The first piece that ends behind `element`.
   const Piece* find(uint64_t element) const {
-    return std::partition_point(
-        begin, end, [=](const Piece& p) { return static_cast<uint64_t>(p.offset + p.length) <= element; });
+    return std::partition_point(begin, end,
+                                [=](const Piece& p) { return static_cast<uint64_t>(p.offset + p.length) <= element; });
   }
 };
 

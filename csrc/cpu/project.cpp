@@ -37,7 +37,8 @@ struct BlockProduct {
     alignas(64) Real x[kTile];
     const Range covered = load(tile, x);
     if (covered.begin >= covered.end) return;
-    kernels.project_tile({x, tile, static_cast<int>(covered.begin), static_cast<int>(covered.end), job.stream, first, count, sums});
+    kernels.project_tile(
+        {x, tile, static_cast<int>(covered.begin), static_cast<int>(covered.end), job.stream, first, count, sums});
   }
 
   // sums[0, count) = the node's value for the columns first, first + 1, ..
@@ -60,7 +61,7 @@ struct BlockProduct {
 struct BlockTasks {
   int level;
   Range nodes;
-  int64_t batch;      // columns a task
+  int64_t batch;  // columns a task
   int64_t batches;
   int64_t first_task;
   std::vector<double> sums;  // [nodes][columns]
@@ -119,15 +120,16 @@ void project_in(const ProjectJob& job, const Threads& threads) {
   const auto count = tasks.empty() ? 0 : tasks.back().first_task + size(tasks.back().nodes) * tasks.back().batches;
 
   for_each_task(threads, count, [&](int64_t task) {
-    const auto next =
-        std::upper_bound(tasks.begin(), tasks.end(), task, [](int64_t i, const BlockTasks& t) { return i < t.first_task; });
+    const auto next = std::upper_bound(tasks.begin(), tasks.end(), task,
+                                       [](int64_t i, const BlockTasks& t) { return i < t.first_task; });
     BlockTasks& t = *(next - 1);
     const int64_t b = &t - tasks.data();
     const int64_t columns = job.plan.blocks[b].columns;
     const int64_t node = (task - t.first_task) / t.batches, first = (task - t.first_task) % t.batches * t.batch;
     const int width = static_cast<int>(std::min(t.batch, columns - first));
     const BlockProduct<Real> product{job, kernels, pieces[b], pieces[b].elements()};
-    product.sum_node(t.level, t.nodes.begin + node, static_cast<uint32_t>(first), width, &t.sums[node * columns + first]);
+    product.sum_node(t.level, t.nodes.begin + node, static_cast<uint32_t>(first), width,
+                     &t.sums[node * columns + first]);
   });
 
   for_each_task(threads, job.plan.num_blocks, [&](int64_t b) {

@@ -86,8 +86,7 @@ void sum_columns(const SpanSum<Real>& s) {
 
 template <class Real>
 constexpr RealKernels<Real> kernels() {
-  return {widen<Real>, subtract<Real>, project_tile<Real>, sum_columns<Real>, accumulate<Real>,
-          scale_add<Real>};
+  return {widen<Real>, subtract<Real>, project_tile<Real>, sum_columns<Real>, accumulate<Real>, scale_add<Real>};
 }
 
 }  // namespace

@@ -81,7 +81,9 @@ template <class V>
 class ColumnWords {
  public:
   FERRET_HD ColumnWords(Stream stream, uint64_t t, uint32_t k)
-      : keys_(stream.seed), tag_(kContractTag | static_cast<uint32_t>(stream.basis)), high_(static_cast<uint32_t>(t >> 32)) {
+      : keys_(stream.seed),
+        tag_(kContractTag | static_cast<uint32_t>(stream.basis)),
+        high_(static_cast<uint32_t>(t >> 32)) {
     const auto p1 = Halves<V>::split(V::add(V::set1(k), V::iota())).times(kPhiloxMultiplier1);
     const auto p0 = p1.high().bit_xor(high_ ^ keys_.key0[0]).times(kPhiloxMultiplier0);
     x1_ = p1;
@@ -109,8 +111,7 @@ class CallWords {
  public:
   FERRET_HD CallWords(Stream stream, uint64_t t) : keys_(stream.seed), high_(static_cast<uint32_t>(t >> 32)) {
     const uint32_t tag = kContractTag | static_cast<uint32_t>(stream.basis);
-    const auto p0 =
-        Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota())).times(kPhiloxMultiplier0);
+    const auto p0 = Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota())).times(kPhiloxMultiplier0);
     const auto p1 = p0.high().bit_xor(tag ^ keys_.key1[0]).times(kPhiloxMultiplier1);
     x0_ = p1.high();
     x1_ = p1;
@@ -257,7 +258,8 @@ void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stre
       columns.call(tile * (kTile / 16) + call, w);
       for (int word = 0; word < 4; ++word) {
         const auto& pair = pairs[call * 4 + word];
-        const I bytes[2] = {V::bit_and(w[word], even_bytes), V::bit_and(V::template shift_right<8>(w[word]), even_bytes)};
+        const I bytes[2] = {V::bit_and(w[word], even_bytes),
+                            V::bit_and(V::template shift_right<8>(w[word]), even_bytes)};
         for (int odd = 0; odd < 2; ++odd) {
           high = V::add(high, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][0]))));
           low = V::add(low, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][1]))));
@@ -343,7 +345,8 @@ FERRET_HD void transpose_nibbles(typename V::I x[4]) {
 }
 
 template <class V, class Real>
-void rademacher_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void rademacher_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
+                          Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   const int quads = (columns + 3) / 4;
@@ -391,7 +394,8 @@ void rademacher_add_group(const Group<Real>& group, const CallWords<V>& calls, u
 }
 
 template <class V, class Real>
-void uniform_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void uniform_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
+                       Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   const int pairs = (columns + 1) / 2;
@@ -430,7 +434,8 @@ void uniform_add_group(const Group<Real>& group, const CallWords<V>& calls, uint
 }
 
 template <class V, class Real>
-void gaussian_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns, Real (*h)[V::lanes]) {
+void gaussian_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
+                        Real (*h)[V::lanes]) {
   using I = typename V::I;
   constexpr int limbs = Working<Real>::limbs;
   WideSum<V> sums[limbs][4];
@@ -487,8 +492,7 @@ void sum_columns(const SpanSum<Real>& s) {
 
 template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
-  return {widen<Real>,          subtract<Real>,   project_tile<V, Real>,
-          sum_columns<V, Real>, accumulate<Real>, scale_add<Real>};
+  return {widen<Real>, subtract<Real>, project_tile<V, Real>, sum_columns<V, Real>, accumulate<Real>, scale_add<Real>};
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from ferret_ext.federated.presets import PRESETS
 
 REFUSED = 2
 INTERRUPTED = 130
+PLAIN_WIDTH = 100  # of the table where the output is no terminal
 
 EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
@@ -95,6 +96,8 @@ def run_simulation(config: SimulationConfig, overwrite: bool) -> int:
 
     folder = RunFolder(config, overwrite)
     console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
     _quieten()
     try:
         with Narration(console, folder, config.rounds) as narration:

@@ -16,7 +16,7 @@ from ferret_ext.federated.data.tokens import Example, collate
 
 
 class DivergedError(RuntimeError):
-    """Local training whose loss is no longer a number."""
+    """Local training whose loss or weights are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LocalTrainer:
         """T optimiser steps over the examples, in an order drawn from `seed`; the mean loss of all batches.
 
         A batch's loss is the mean over its response tokens, a step's gradient the mean over its batches.
-        Dropout draws from `seed` too. Raises DivergedError where the loss is not finite.
+        Dropout draws from `seed` too. Raises DivergedError where the loss or a weight is no longer finite.
         """
         config = self.config
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -51,8 +51,10 @@ class LocalTrainer:
                     nn.utils.clip_grad_norm_(params, config.max_grad_norm)
                 optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(total):
-            raise DivergedError(f"training loss is {total}; lower training.learning_rate")
+        if not math.isfinite(total) or not all(param.isfinite().all() for param in params):
+            raise DivergedError(
+                "training diverged, loss or weights are not finite; lower training.learning_rate"
+            )
         return total / (config.max_steps * config.gradient_accumulation_steps)
 
 

@@ -68,7 +68,7 @@ def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
     """The run by round: loss, seconds and bytes, and below them the bytes of whole models."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("round", "eval loss", "local s", "project s", "rebuild s", "bytes up", "bytes down"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     for metrics in history:
         table.add_row(*_row(metrics))
     whole = f"{len(history[-1].clients) * history[-1].model_bytes:,}"

@@ -22,7 +22,10 @@ inline Basis basis_of(const std::string& name) {
 }
 
 inline Dtype dtype_of(const std::string& name) {
-  return name == "f32" ? Dtype::float32 : name == "bf16" ? Dtype::bfloat16 : name == "f16" ? Dtype::float16 : Dtype::float64;
+  return name == "f32"    ? Dtype::float32
+         : name == "bf16" ? Dtype::bfloat16
+         : name == "f16"  ? Dtype::float16
+                          : Dtype::float64;
 }
 
 inline uint64_t hex(const std::string& token) { return std::strtoull(token.c_str(), nullptr, 16); }
@@ -73,9 +76,10 @@ inline Array widened(const Array& from, bool wide) {
       std::memcpy(&x, &bits, sizeof x);
       to.set(i, x);
     } else {
-      const float x = from.dtype == Dtype::float32    ? ferret::bits_to_float(static_cast<uint32_t>(bits))
-                      : from.dtype == Dtype::bfloat16 ? ferret::to_float(ferret::bfloat16_t{static_cast<uint16_t>(bits)})
-                                                      : ferret::to_float(ferret::float16_t{static_cast<uint16_t>(bits)});
+      const float x = from.dtype == Dtype::float32 ? ferret::bits_to_float(static_cast<uint32_t>(bits))
+                      : from.dtype == Dtype::bfloat16
+                          ? ferret::to_float(ferret::bfloat16_t{static_cast<uint16_t>(bits)})
+                          : ferret::to_float(ferret::float16_t{static_cast<uint16_t>(bits)});
       to.set(i, x);
     }
   }

@@ -67,7 +67,8 @@ static void test_halves() {
     const float low = to_float(h), high = to_float(float16_t{static_cast<uint16_t>(bits + 1)});
     const float middle = (low + high) / 2;
     wrong += to_float16(middle).bits != (bits % 2 == 0 ? bits : bits + 1);
-    wrong += to_float16(std::nextafter(middle, low)).bits != bits || to_float16(std::nextafter(middle, high)).bits != bits + 1;
+    wrong += to_float16(std::nextafter(middle, low)).bits != bits ||
+             to_float16(std::nextafter(middle, high)).bits != bits + 1;
   }
   check(wrong == 0, "16-bit conversions, wrong: " + std::to_string(wrong));
   check(to_float16(65519.9f).bits == 0x7BFF && to_float16(65520.0f).bits == 0x7C00, "float16 overflow");
@@ -89,8 +90,12 @@ static void test_moments() {
         sums[2] += x * x * x * x;
       }
     }
-    const double variance = basis_variance(basis), kurtosis = basis == Basis::rademacher ? 1 : basis == Basis::uniform ? 1.8 : 3;
-    const double eighth = basis == Basis::gaussian ? 105 : basis == Basis::uniform ? 9 : 1;  // E x^8 / variance^4, rounded up
+    const double variance = basis_variance(basis), kurtosis = basis == Basis::rademacher ? 1
+                                                              : basis == Basis::uniform  ? 1.8
+                                                                                         : 3;
+    const double eighth = basis == Basis::gaussian  ? 105
+                          : basis == Basis::uniform ? 9
+                                                    : 1;  // E x^8 / variance^4, rounded up
     const std::string name = "moments of kind " + std::to_string(static_cast<int>(basis));
     check(std::abs(sums[0] / n) <= 4 * std::sqrt(variance / n), name + ", mean");
     check(std::abs(sums[1] / n / variance - 1) <= 4 * std::sqrt((kurtosis - 1) / n) + 1e-12, name + ", variance");

@@ -29,7 +29,8 @@ struct Cpu {
 struct OddPlan {
   std::vector<golden::Array> old_tensors, new_tensors;
   std::vector<Block> blocks = {{1024, 5000, 70, 0}, {int64_t{1} << 41, 40000, 3, 70}};
-  std::vector<Piece> pieces = {{0, 0, 1500, 1024, 0}, {1, 10, 3500, 2524, 0}, {2, 0, 33333, (int64_t{1} << 41) + 77, 1}};
+  std::vector<Piece> pieces = {
+      {0, 0, 1500, 1024, 0}, {1, 10, 3500, 2524, 0}, {2, 0, 33333, (int64_t{1} << 41) + 77, 1}};
 
   explicit OddPlan(bool wide) {
     const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, wide ? Dtype::float64 : Dtype::float16};
@@ -58,10 +59,12 @@ static std::vector<char> apply(OddPlan odd, bool wide, Basis basis, int count) {
   const auto params = OddPlan::refs(odd.old_tensors);
   golden::Array gammas = golden::input(wide ? Dtype::float64 : Dtype::float32, 2 * 73, 5);
   const Update updates[] = {{7, 0.25}, {8, -1.5}};
-  check(cpu::apply({odd.plan(), params.data(), updates, 2, gammas.bytes.data(), 73, basis, -0.7, wide, false}, threads(count)),
+  check(cpu::apply({odd.plan(), params.data(), updates, 2, gammas.bytes.data(), 73, basis, -0.7, wide, false},
+                   threads(count)),
         "apply on a plan");
   std::vector<char> result;
-  for (const golden::Array& tensor : odd.old_tensors) result.insert(result.end(), tensor.bytes.begin(), tensor.bytes.end());
+  for (const golden::Array& tensor : odd.old_tensors)
+    result.insert(result.end(), tensor.bytes.begin(), tensor.bytes.end());
   return result;
 }
 
@@ -113,7 +116,8 @@ static void test_not_finite() {
     gammas.set(72, std::nan(""));
     const Update update = {7, 1.0};
     const bool done = cpu::apply(
-        {target.plan(), params.data(), &update, 1, gammas.bytes.data(), 73, Basis::rademacher, 1.0, false, false}, threads(2));
+        {target.plan(), params.data(), &update, 1, gammas.bytes.data(), 73, Basis::rademacher, 1.0, false, false},
+        threads(2));
     bool same = true;
     const OddPlan fresh(false);
     for (int i = 0; i < 3; ++i) same &= target.old_tensors[i].bytes == fresh.old_tensors[i].bytes;

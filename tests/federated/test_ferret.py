@@ -17,6 +17,7 @@ from ferret_ext.federated.algorithms.base import LocalData
 from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
 from ferret_ext.federated.config import ConfigError, FerretConfig
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import WireError
 
@@ -71,14 +72,13 @@ def federation(model: nn.Module | None = None, **settings: Any) -> Federation:
 
 def basis_matrix(block: ferret_ext.Block, seed: int, basis: Any) -> Tensor:
     """V_l, float64 [d_l, K_l]."""
-    shape = (block.numel,)
-    return torch.stack(
-        [
-            ferret_ext.basis(seed, k, shape, basis=basis, offset=block.offset, dtype=torch.float64)
-            for k in range(block.k)
-        ],
-        dim=1,
-    )
+
+    def column(k: int) -> Tensor:
+        return ferret_ext.basis(
+            seed, k, (block.numel,), basis=basis, offset=block.offset, dtype=torch.float64
+        )
+
+    return torch.stack([column(k) for k in range(block.k)], dim=1)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -86,14 +86,14 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> Tensor:
-    """w - step * mean_i V_i gamma_i with gamma_l = V_l^T delta_l / (rho_l K_l), from the toy's own training."""
+    """w - step * mean_i V_i gamma_i with gamma_l = V_l^T delta_l / (rho_l K_l), trained anew here."""
     start = toy()
     plan = fed.algorithm.replicate(start).plan
     total = torch.zeros(sum(block.numel for block in plan.blocks), dtype=torch.float64)
     for message in messages:
         update = wire.decode_update(message)
         model = toy()
-        train(model, [], seed_of_training(update.client))
+        train(model, [], derive(100 + update.client, "training"))
         delta = flat(list(start.parameters())) - flat(list(model.parameters()))
         parts = delta.split([block.numel for block in plan.blocks])
         rebuilt = []
@@ -103,12 +103,6 @@ def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> 
             rebuilt.append(V @ gamma)
         total += torch.cat(rebuilt) / len(messages)
     return flat(list(start.parameters())) - STEP * total
-
-
-def seed_of_training(client: int) -> int:
-    from ferret_ext.federated.seeds import derive
-
-    return derive(100 + client, "training")
 
 
 @pytest.mark.parametrize("basis", ["rademacher", "uniform", "gaussian"])

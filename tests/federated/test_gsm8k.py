@@ -17,13 +17,11 @@ def run_example(data: Path, out: Path, *more: str) -> list[dict[str, Any]]:
     model = str(data / "tiny_llm" / "stories260K-hf")
     arguments = ["--model", model, "--data", str(data / "gsm8k"), "--out", str(out), *more]
     subprocess.run([sys.executable, str(EXAMPLE), *arguments], check=True, timeout=900)
-    rows = read_metrics(out)
-    assert rows[0]["eval_loss"] == pytest.approx(7.3137, abs=1e-3)
-    return rows
+    return read_metrics(out)
 
 
 def test_two_rounds_of_gsm8k_lower_the_loss(real_data: Path, tmp_path: Path) -> None:
-    short = ["--rounds", "2", "evaluation.max_samples=20", "training.max_steps=3", "ferret.K=4096"]
+    short = ["--rounds", "2", "evaluation.max_samples=20", "training.max_steps=3", "num_threads=1"]
     rows = run_example(real_data, tmp_path, *short)
     losses = [row["eval_loss"] for row in rows]
     assert losses[-1] < losses[0] - 1
@@ -34,5 +32,6 @@ def test_ten_rounds_of_gsm8k_reach_3(real_data: Path, tmp_path: Path) -> None:
     """Sends 16 kB a client and round, the model being 1 MB."""
     rows = run_example(real_data, tmp_path)
     assert len(rows) == 11
+    assert rows[0]["eval_loss"] == pytest.approx(7.3137, abs=1e-3)
     assert rows[-1]["eval_loss"] <= 3.0
     assert max(row["payload_bytes_up"] for row in rows) < 3 * 17_000

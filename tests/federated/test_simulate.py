@@ -129,7 +129,7 @@ def test_simulate_prints_plain_lines_and_a_table(tmp_path: Path, capsys: pytest.
     assert "full model" in shown
     assert "860,160" in shown  # two clients' models
     assert "\x1b" not in shown
-    assert max(map(len, shown.partition("full model")[0].splitlines()[5:])) <= 80
+    assert max(map(len, shown.partition("full model")[0].splitlines()[5:])) <= 100
 
 
 def test_simulate_leaves_torchs_settings_alone(tmp_path: Path) -> None:
@@ -152,14 +152,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["rounds=0"], "rounds: expected an integer and >= 1, got '0'"),
         (["ronds=3"], "did you mean rounds?"),
-        (["--ferret.K", "2"], "K must be at least the number of blocks, got K = 2 for 20 blocks"),
+        (["ferret.K=2"], "K must be at least the number of blocks, got K = 2 for 20 blocks"),
         (["--model", "/absent"], "model: expected a folder or a hub name, got '/absent'"),
         (["--data", "absent.jsonl"], "data absent.jsonl: expected a file or a folder, found neither"),
         (["--data", "builtin:other"], "expected one of builtin:alpaca"),
         (["dataset.format=dolly"], "expected the column instruction, response, found answer, question"),
         (["dataset.max_length=4"], "expected records with a response and a prompt of at most 3 tokens"),
         (["num_clients=5000"], "num_clients: expected at most the 3000 training examples, got 5000"),
-        (["training.optim=sgd", "training.learning_rate=1e30"], "in round 1: training loss is nan"),
+        (
+            ["training.optim=sgd", "training.learning_rate=1e30"],
+            "in round 1: training diverged, loss or weights are not finite",
+        ),
     ],
 )
 def test_simulate_refuses_with_one_line(

@@ -16,6 +16,7 @@ import ferret_ext
 from ferret_ext import reference
 
 SEED, COUNT, K = 77, 2600, 16
+Make = Callable[[int, torch.dtype], Tensor]
 PROJECT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float64: 1e-11}
 RECONSTRUCT_BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
@@ -58,7 +59,7 @@ def huge(count: int, dtype: torch.dtype) -> Tensor:
 INPUTS = [gaussian, constant, heavy_tailed, wide_ranging, huge, denormal]
 
 
-def cases(dtypes: Iterable[torch.dtype]) -> list[tuple[Callable[[int, torch.dtype], Tensor], torch.dtype]]:
+def cases(dtypes: Iterable[torch.dtype]) -> list[tuple[Make, torch.dtype]]:
     """Every input in every dtype, but for denormal float64, which the contract counts as zero."""
     return [
         (make, dtype) for make in INPUTS for dtype in dtypes if (make, dtype) != (denormal, torch.float64)
@@ -78,7 +79,7 @@ def assert_close(got: Tensor, exact: Tensor, relative: float, absolute: float = 
 
 
 @pytest.mark.parametrize(("make", "dtype"), cases(DTYPES))
-def test_project_is_close_to_float64(make, dtype: torch.dtype, basis: str) -> None:
+def test_project_is_close_to_float64(make: Make, dtype: torch.dtype, basis: str) -> None:
     delta, offset = make(COUNT, dtype), 3 * 512 + 77
     gamma = ferret_ext.project(delta, SEED, K, basis=basis, offset=offset)
     exact = reference.project_float64(delta, SEED, K, basis=basis, offset=offset)
@@ -98,7 +99,7 @@ def test_project_counts_the_smallest_float64_as_zero(basis: str) -> None:
 
 @pytest.mark.parametrize(("make", "dtype"), cases(RECONSTRUCT_BOUND))
 @pytest.mark.parametrize("K", [1, 100, 4200])
-def test_reconstruct_is_close_to_float64(make, K: int, dtype: torch.dtype, basis: str) -> None:
+def test_reconstruct_is_close_to_float64(make: Make, K: int, dtype: torch.dtype, basis: str) -> None:
     gamma = make(K, dtype)
     place = {"basis": basis, "offset": 640, "numel": 10**6}
     rebuilt = ferret_ext.reconstruct(gamma, SEED, 60, dtype=dtype, **place)
