@@ -113,8 +113,8 @@ def reconstruct_(
 
     param: any shape and strides, on gamma's device. Other arguments as for `reconstruct`.
 
-    Returns param. Raises as `project` does, and leaves param untouched then. Inside a graph it is
-    differentiable, and goes through a rebuilt tensor.
+    Returns param. Raises as `project` does, and leaves param untouched then. Differentiable: where param or
+    gamma requires grad it adds a rebuilt tensor, whose bits differ by the rounding of that tensor.
     """
     checks.tensor("reconstruct_", "param", param)
     gamma = checks.coordinates("reconstruct_", "gamma", gamma)
@@ -206,12 +206,13 @@ def apply_(
         checks.coordinates("apply_", name, gammas)
         if gammas.numel() != plan.K:
             raise ValueError(f"apply_: {name} must have the plan's length {plan.K}, got {gammas.numel()}")
-        checks.finite("apply_", name, gammas)
         targets[name] = gammas
         seeds.append(checks.seed("apply_", seed))
         weights.append(checks.number("apply_", f"weight of update {i}", weight))
         rows.append(gammas)
     checks.one_device("apply_", targets)
+    for i, gammas in enumerate(rows):
+        checks.finite("apply_", f"gammas of update {i}", gammas)
     for param in params:
         checks.may_change("apply_", param)
     if rows:

@@ -45,7 +45,7 @@ void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype d
   with_element_type(dtype, [=](auto* type) {
     auto* p = static_cast<decltype(type)>(param);
     if (overwrite) {
-      for (int64_t i = 0; i < n; ++i) store_rounded(sums[i] * factor + Real(0), &p[i]);
+      for (int64_t i = 0; i < n; ++i) store_rounded(fused_multiply_add(sums[i], factor, Real(0)), &p[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) {
         store_rounded(fused_multiply_add(sums[i], factor, static_cast<Real>(to_float(p[i]))), &p[i]);
