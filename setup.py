@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -85,6 +86,8 @@ class CMakeBuild(build_ext):
 
 if sys.version_info < (3, 10):
     stop("Python {}.{} is too old; install Python 3.10 or later".format(*sys.version_info))
+if int(setuptools.__version__.split(".")[0]) < 77:
+    stop(f"setuptools {setuptools.__version__} is too old; install a newer one: pip install 'setuptools>=77'")
 setup(
     ext_modules=[Extension("ferret_ext._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

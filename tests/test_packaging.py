@@ -41,7 +41,7 @@ import ferret_ext
 seconds = time.process_time() - start
 print(seconds, *({"transformers", "datasets", "matplotlib", "rich", "yaml"} & set(sys.modules)))
 """
-    command = [sys.executable, "-c", program]  # run elsewhere: a source tree in sys.path would hide the package
+    command = [sys.executable, "-c", program]  # not from the source tree, which would hide the package
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     seconds, *heavy = run.stdout.split()
     assert not heavy

@@ -38,7 +38,7 @@ class LocalTrainer:
         batches = endless_batches(len(examples), config.per_device_train_batch_size, seed)
         total = 0.0
         model.train()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for _ in range(config.max_steps):
                 optimizer.zero_grad(set_to_none=True)

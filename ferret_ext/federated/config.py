@@ -117,6 +117,7 @@ class SimulationConfig:
         "CPU threads of torch; none: its own choice. Runs repeat to the bit for equal numbers",
         at_least=1,
     )
+    full_determinism: bool = _option(True, "kernels that repeat to the bit only; false allows faster ones")
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
@@ -237,6 +238,8 @@ def _read_as(hint: Any, value: Any) -> Any:
         return None
     if get_origin(hint) is Literal and value in get_args(hint):
         return value
+    if hint is bool and value in (True, False, "true", "false"):
+        return value in (True, "true")
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if hint is int and (isinstance(value, str) or (is_number and value == int(value))):

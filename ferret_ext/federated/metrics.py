@@ -44,14 +44,7 @@ class RoundMetrics:
 
 
 class Stopwatch:
-    """Seconds by name; waits for the GPU before it reads the clock.
-
-    >>> watch = Stopwatch()
-    >>> with watch("local"):
-    ...     pass
-    >>> watch["local"] >= 0
-    True
-    """
+    """Seconds by name: `with watch("local"): ...`, then `watch["local"]`. Waits for the GPU before a reading."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -88,7 +81,7 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
         losses = functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        means.append(losses.double().sum(1) / (labels != IGNORED).sum(1))
+        means.append(losses.view_as(labels).double().sum(1) / (labels != IGNORED).sum(1))
     return torch.cat(means).mean().item()

@@ -63,7 +63,7 @@ def tiny_llama(seed: int) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 

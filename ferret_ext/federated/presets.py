@@ -9,10 +9,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "model": "builtin:tiny-llama",
         "data": "builtin:alpaca",
-        "rounds": 15,
+        "rounds": 20,
         "num_clients": 3,
-        "server_learning_rate": 0.7,
-        "num_threads": 1,  # as fast as two for a model of this size, and equal weights on every number of cores
+        "server_learning_rate": 0.5,
+        "num_threads": 1,  # the model is too small for more, and the weights do not depend on the cores
         "dataset": {
             "prompt": "{instruction}\n{input}\n> ",
             "response": "{output}",

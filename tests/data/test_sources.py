@@ -64,6 +64,7 @@ def test_read_takes_what_the_generator_writes(tmp_path: Path) -> None:
         ("bad.jsonl", '{"a": 1}\n{"a": \n', "expected JSON records"),
         ("empty.jsonl", "", "expected records, found none"),
         ("list.json", "[]", "expected JSON records"),
+        ("task.json", '{"Definition": "a", "Instances": [{"input": "b"}]}', "expected Instances with input"),
         ("text.txt", "a", "expected a .json or .jsonl file, got .txt"),
     ],
 )

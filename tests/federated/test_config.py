@@ -40,6 +40,8 @@ def test_build_takes_dotted_settings_and_the_later_wins() -> None:
         ("dataset.prompt", "{q}", "{q}"),
         ("model", 7, "7"),
         ("rounds", 5.0, 5),
+        ("full_determinism", "false", False),
+        ("full_determinism", True, True),
         ("seed", 2**62, 2**62),
     ],
 )
@@ -68,6 +70,7 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("ferret.granularity", "row", "ferret.granularity: expected an integer or tensor or packed and >= 1"),
         ("ferret.granularity", 0, "ferret.granularity: expected"),
         ("training.max_grad_norm", "x", "training.max_grad_norm: expected a number or none and > 0, got 'x'"),
+        ("full_determinism", "yes", "full_determinism: expected true or false, got 'yes'"),
         ("ferret", 4096, r"ferret: expected a section with the keys ferret.K, .*, got 4096"),
         ("ronds", 4, "ronds: no such setting .* did you mean rounds?"),
         ("K", 4, "K: no such setting .* did you mean ferret.K?"),

@@ -71,11 +71,17 @@ def choose(name: str, prompt: str | None, response: str | None, records: list[Re
         chosen = fit
     else:
         chosen = FORMATS[name]
-    if missing := [column for column in chosen.columns if column not in columns]:
+    require_columns(chosen, records, source)
+    return chosen
+
+
+def require_columns(form: Format, records: list[Record], source: str) -> None:
+    """Raises DataError if the records lack a column of the format."""
+    columns = _columns(records)
+    if missing := [column for column in form.columns if column not in columns]:
         raise DataError(
             f"data {source}: expected the column {', '.join(missing)}, found {', '.join(sorted(columns))}"
         )
-    return chosen
 
 
 def _columns(records: Iterable[Record]) -> set[str]:

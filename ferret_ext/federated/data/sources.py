@@ -108,11 +108,14 @@ def _read_task(path: Path) -> list[Record] | None:
         return None  # possibly JSON lines: for `datasets` to judge
     if not isinstance(task, dict) or not {"Definition", "Instances"} <= task.keys():
         return None
-    definition = _first(task["Definition"])
-    return [
-        {"instruction": definition, "input": instance["input"], "output": _first(instance["output"])}
-        for instance in task["Instances"]
-    ]
+    try:
+        definition = _first(task["Definition"])
+        return [
+            {"instruction": definition, "input": instance["input"], "output": _first(instance["output"])}
+            for instance in task["Instances"]
+        ]
+    except (KeyError, TypeError):
+        raise DataError(f"data {path}: expected Instances with input and output each") from None
 
 
 def _first(texts: str | list[str]) -> str:
@@ -126,7 +129,7 @@ def _read_hub(name: str, config_name: str | None, train_split: str, eval_split: 
         splits = datasets.load_dataset(name, config_name)
     except Exception as error:  # the hub's client raises many kinds, none of which a user can act on by type
         raise DataError(
-            f"data {name}: no such file or folder, and the hub has it not: {_root(error)}"
+            f"data {name}: no such file or folder, and not to be had from the hub: {error}"
         ) from None
     if train_split not in splits:
         raise DataError(f"data {name}: expected a split {train_split}, found {', '.join(splits)}")

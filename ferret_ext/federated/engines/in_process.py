@@ -81,7 +81,7 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
     Raises ConfigError, DataError and DivergedError.
     """
-    with reproducible(config.num_threads):
+    with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
         train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
@@ -122,6 +122,7 @@ def load_examples(
     form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
 
     def examples_of(split: str, records: list[Record]) -> list[Example]:
+        formats.require_columns(form, records, f"{config.data} ({split})")
         examples, count = tokenise(
             records, form, tokenizer, max_length, dataset.max_prompt_length, f"{config.data} ({split})"
         )
@@ -133,18 +134,18 @@ def load_examples(
 
 
 @contextmanager
-def reproducible(num_threads: int | None = None) -> Iterator[None]:
-    """Deterministic kernels only, and this many CPU threads; the former settings afterwards."""
+def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]:
+    """Deterministic kernels only, if so asked, and this many CPU threads; the former settings afterwards."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     threads = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(num_threads or threads)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.set_num_threads(threads)
 
 
