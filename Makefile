@@ -1,4 +1,4 @@
-# make demo    sets everything up and runs federated Ferret on a small model (2 minutes)
+# make demo    sets everything up and runs federated Ferret on a small model, under 2 minutes
 # make test    sets everything up and runs the tests
 #
 # PYTHON, VENV and TORCH may be set: make test PYTHON=python3.12 TORCH=torch==2.14.1

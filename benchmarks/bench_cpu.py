@@ -16,6 +16,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from timer import Timing, measure, write
 from torch import Tensor
 
 import ferret_ext
+from ferret_ext.ops import Basis
 
 COLUMNS = (1, 4, 16, 64, 256, 1024)
+BASES: tuple[Basis, ...] = ("uniform", "gaussian")
 
 
 def numpy_project(delta: Tensor, seed: int, K: int, chunk: int = 1 << 12) -> Tensor:
@@ -48,7 +51,7 @@ def torch_project(delta: Tensor, seed: int, K: int, chunk: int = 1 << 16) -> Ten
     """Normal deviates in chunks."""
     generator = torch.Generator().manual_seed(seed)
     gamma = torch.zeros(K)
-    for part in delta.split(chunk):
+    for part in torch.split(delta, chunk):
         gamma += torch.randn(K, part.numel(), generator=generator) @ part
     return gamma * (math.sqrt(delta.numel()) / K)
 
@@ -89,22 +92,18 @@ def measure_all(numel: int, columns: tuple[int, ...]) -> list[dict[str, Any]]:
 
     for K in columns:
         gamma = ferret_ext.project(delta, 1, K)
-        add("project", numel, K, lambda K=K: ferret_ext.project(delta, 1, K))
-        add("reconstruct_", numel, K, lambda gamma=gamma: ferret_ext.reconstruct_(param, gamma, 1))
+        add("project", numel, K, partial(ferret_ext.project, delta, 1, K))
+        add("reconstruct_", numel, K, partial(ferret_ext.reconstruct_, param, gamma, 1))
     few = min(numel, 1_000_000)
-    for kind in ("uniform", "gaussian"):
-        gamma = ferret_ext.project(delta[:few], 1, 64, basis=kind)
-        add(f"project {kind}", few, 64, lambda kind=kind: ferret_ext.project(delta[:few], 1, 64, basis=kind))
-        add(
-            f"reconstruct_ {kind}",
-            few,
-            64,
-            lambda kind=kind, gamma=gamma: ferret_ext.reconstruct_(param[:few], gamma, 1, basis=kind),
-        )
+    part, target = delta[:few], param[:few]
+    for kind in BASES:
+        gamma = ferret_ext.project(part, 1, 64, basis=kind)
+        add(f"project {kind}", few, 64, partial(ferret_ext.project, part, 1, 64, basis=kind))
+        add(f"reconstruct_ {kind}", few, 64, partial(ferret_ext.reconstruct_, target, gamma, 1, basis=kind))
     for K in (16, 64):
-        add("rival numpy", few, K, lambda K=K: numpy_project(delta[:few], 1, K))
-        add("rival torch", few, K, lambda K=K: torch_project(delta[:few], 1, K))
-        add("rival authors", few, K, lambda K=K: authors_project(delta[:few], 1, K))
+        add("rival numpy", few, K, partial(numpy_project, part, 1, K))
+        add("rival torch", few, K, partial(torch_project, part, 1, K))
+        add("rival authors", few, K, partial(authors_project, part, 1, K))
     return rows
 
 

@@ -7,7 +7,14 @@
 rounds.
 """
 
-from . import _native
+try:
+    import ferret_ext._native as _native
+except ModuleNotFoundError:
+    raise ImportError(
+        f"ferret_ext in {__path__[0]} has no native part: install it there with `pip install -e .`, "
+        "or start Python outside the source tree to import an installed ferret_ext"
+    ) from None
+
 from .ops import (
     apply_,
     basis,

@@ -184,10 +184,15 @@ def read_yaml(path: Path) -> list[Setting]:
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path}: expected readable YAML, got: {error}") from None
+        raise ConfigError(f"config file {path}: expected readable YAML, got: {one_line(error)}") from None
     if not isinstance(content, Mapping):
         raise ConfigError(f"config file {path}: expected `key: value` lines, got {type(content).__name__}")
     return list(flatten(content))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_override(text: str) -> Setting:

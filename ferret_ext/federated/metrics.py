@@ -44,7 +44,7 @@ class RoundMetrics:
 
 
 class Stopwatch:
-    """Seconds by name: `with watch("local"): ...`, then `watch["local"]`. Waits for the GPU before a reading."""
+    """Seconds by name: `with watch("local"): ...`, then `watch["local"]`. A reading waits for the GPU."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 10,
         "num_clients": 3,
         "server_learning_rate": 0.4,
+        "num_threads": 1,
         "dataset": {"format": "gsm8k", "max_length": 512, "max_prompt_length": 399},
         "training": {"max_steps": 10, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.1},
         "ferret": {"K": 4096},

@@ -129,7 +129,7 @@ def _read_hub(name: str, config_name: str | None, train_split: str, eval_split: 
         splits = datasets.load_dataset(name, config_name)
     except Exception as error:  # the hub's client raises many kinds, none of which a user can act on by type
         raise DataError(
-            f"data {name}: no such file or folder, and not to be had from the hub: {error}"
+            f"data {name}: no such file or folder, and not to be had from the hub: {_first_line(error)}"
         ) from None
     if train_split not in splits:
         raise DataError(f"data {name}: expected a split {train_split}, found {', '.join(splits)}")
@@ -140,4 +140,8 @@ def _root(error: BaseException) -> str:
     """The first line of what lies at the bottom of a chain of errors."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
