@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
 
 def number(op: str, name: str, value: Any) -> float:
     """The value as a finite float."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -156,8 +156,8 @@ def basis(
 
 def project_difference(
     plan: BlockPlan,
-    old: Sequence[Tensor],
-    new: Sequence[Tensor],
+    old: Iterable[Tensor],
+    new: Iterable[Tensor],
     seed: int,
     *,
     basis: Basis = "rademacher",
@@ -170,6 +170,7 @@ def project_difference(
     Raises as `project` does. Not differentiable.
     """
     op = "project_difference"
+    old, new = list(old), list(new)
     inputs = checks.plan_tensors(op, plan, "old", old) | checks.plan_tensors(op, plan, "new", new)
     checks.one_device(op, inputs)
     seed, kind = checks.seed(op, seed), checks.kind(op, basis)
@@ -184,8 +185,8 @@ def project_difference(
 
 def apply_(
     plan: BlockPlan,
-    params: Sequence[Tensor],
-    updates: Sequence[tuple[int, Tensor, float]],
+    params: Iterable[Tensor],
+    updates: Iterable[tuple[int, Tensor, float]],
     alpha: float,
     *,
     basis: Basis = "rademacher",
@@ -198,6 +199,7 @@ def apply_(
     Raises as `project` does, and ValueError for gammas of another length than plan.K, and leaves every
     parameter untouched then; torch's own error for a leaf that requires grad outside torch.no_grad().
     """
+    params = list(params)
     targets = checks.plan_tensors("apply_", plan, "params", params)
     alpha, kind = checks.number("apply_", "alpha", alpha), checks.kind("apply_", basis)
     seeds, weights, rows = [], [], []
