@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .plan import BlockPlan
 
@@ -31,18 +33,23 @@ def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def number(op: str, name: str, value: Any) -> float:
-    """The value as a finite float."""
+def number(op: str, name: str, value: Any, working: torch.dtype = torch.float64) -> float:
+    """The value as a finite float that the working precision can hold."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
-    return float(value)
+    largest = torch.finfo(working).max
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not abs(result) <= largest:
+        raise ValueError(f"{op}: {name} must be finite and at most {largest:.3g} in size, got {result}")
+    return result
 
 
-def seed(op: str, value: Any) -> int:
+def seed(op: str, value: Any, name: str = "seed") -> int:
     """A seed in [-2^63, 2^64) as the signed 64-bit integer that the operators take."""
-    number = integer(op, "seed", value, -(2**63), 2**64 - 1)
+    number = integer(op, name, value, -(2**63), 2**64 - 1)
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -53,7 +60,7 @@ def columns(op: str, K: Any) -> int:
 
 def kind(op: str, basis: Any) -> int:
     """The number of a basis kind in the stream contract."""
-    if basis not in KINDS:
+    if not isinstance(basis, str) or basis not in KINDS:
         raise ValueError(f"{op}: basis must be one of {', '.join(KINDS)}, got {basis!r}")
     return KINDS[basis]
 
@@ -65,13 +72,13 @@ def place(op: str, count: int, offset: Any, numel: Any) -> tuple[int, int]:
 
 
 def size(op: str, shape: Any) -> torch.Size:
-    """A shape given as an int or a sequence of ints."""
+    """A shape given as an int or a sequence of ints, of fewer than 2^63 elements."""
     try:
-        result = torch.Size([shape] if isinstance(shape, int) else shape)
+        result = torch.Size(map(operator.index, [shape] if isinstance(shape, Integral) else shape))
     except TypeError:
         raise TypeError(f"{op}: shape must be an int or a sequence of ints, got {shape!r}") from None
-    if any(n < 0 for n in result):
-        raise ValueError(f"{op}: shape must not be negative, got {list(result)}")
+    if any(n < 0 for n in result) or math.prod(result) >= 2**63:
+        raise ValueError(f"{op}: shape must be of 0 to 2^63 - 1 elements, got {list(result)}")
     return result
 
 
@@ -102,6 +109,15 @@ def coordinates(op: str, name: str, value: Any) -> Tensor:
     return gamma
 
 
+def update(op: str, i: int, value: Any) -> tuple[int, Tensor, float]:
+    """Update i as (seed, gammas, weight)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{op}: update {i} must be (seed, gammas, weight), got {type(value).__name__}")
+    gammas = coordinates(op, f"gammas of update {i}", value[1])
+    weight = number(op, f"weight of update {i}", value[2])
+    return seed(op, value[0], f"seed of update {i}"), gammas, weight
+
+
 def one_device(op: str, tensors: Mapping[str, Tensor]) -> None:
     """All tensors on the device of the first."""
     (first, expected), *others = tensors.items()
@@ -127,16 +143,41 @@ def plan_tensors(op: str, plan: Any, name: str, tensors: Sequence[Tensor]) -> di
 
 
 def may_change(op: str, param: Tensor) -> None:
-    """torch's own error for an in-place change of a leaf that requires grad; ours inside a graph."""
+    """torch's own errors for in-place changes of leaves that require grad and of inference tensors."""
     if torch.is_grad_enabled() and param.requires_grad:
         if param.is_leaf:
             param.mul_(1)
         raise RuntimeError(f"{op}: a parameter inside a graph can only be changed under torch.no_grad()")
+    if values_known(param) and param.is_inference() and not torch.is_inference_mode_enabled():
+        param.mul_(1)
+
+
+def separate(op: str, params: Mapping[str, Tensor]) -> None:
+    """No element of a parameter in the memory of another element, of the same parameter or of another."""
+    seen: list[tuple[int, int, str]] = []
+    for name, param in params.items():
+        if not values_known(param) or param.numel() == 0:
+            continue
+        reach = 0
+        for stride, length in sorted(zip(param.stride(), param.shape, strict=True)):
+            if length > 1 and stride <= reach:
+                raise ValueError(
+                    f"{op}: {name} must not overlap itself in memory, got strides {param.stride()}"
+                )
+            reach += stride * (length - 1)
+        # Strided parameters may lie between one another's elements; only the same start is sure to be shared.
+        begin = param.data_ptr()
+        end = begin + param.element_size() * (param.numel() if param.is_contiguous() else 1)
+        seen.append((begin, end, name))
+    seen.sort()
+    for (_, end, first), (begin, _, second) in pairwise(seen):
+        if begin < end:
+            raise ValueError(f"{op}: parameters must not share memory, got {first} and {second} that do")
 
 
 def values_known(value: Tensor) -> bool:
-    """Whether looking at values is possible: not while compiling or capturing a CUDA graph."""
-    if torch.compiler.is_compiling():
+    """Whether looking at values is possible: not while compiling, tracing or capturing a CUDA graph."""
+    if torch.compiler.is_compiling() or value.is_meta or isinstance(value, FakeTensor):
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -146,10 +187,10 @@ def finite(op: str, name: str, value: Tensor) -> None:
     if not values_known(value) or torch.isfinite(value.detach()).all():
         return
     flat = value.detach().reshape(-1)
-    bad = (~torch.isfinite(flat)).nonzero()
-    first = int(bad[0])
+    bad = torch.isfinite(flat).logical_not_()
+    first = int(bad.view(torch.uint8).argmax())
     raise ValueError(
-        f"{op}: {name} must be finite, got {bad.numel()} of {flat.numel()} elements not finite, "
+        f"{op}: {name} must be finite, got {int(bad.sum())} of {flat.numel()} elements not finite, "
         f"the first {flat[first].item()} at index {first}"
     )
 

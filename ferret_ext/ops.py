@@ -126,6 +126,8 @@ def reconstruct_(
     if torch.is_grad_enabled() and (param.requires_grad or gamma.requires_grad):
         rebuilt = _ops.reconstruct(gamma, seed, param.numel(), kind, *place, param.dtype)
         return param.add_(rebuilt.view(param.shape), alpha=alpha)
+    checks.may_change("reconstruct_", param)
+    checks.separate("reconstruct_", {"param": param})
     blocks = torch.tensor([[*place, gamma.numel(), 0]])
     pieces = torch.tensor([[0, 0, param.numel(), place[0], 0]])[: min(param.numel(), 1)]
     _apply_in_place([param], blocks, pieces, gamma[None], [seed], [1.0], alpha, kind)
@@ -203,23 +205,27 @@ def apply_(
     targets = checks.plan_tensors("apply_", plan, "params", params)
     alpha, kind = checks.number("apply_", "alpha", alpha), checks.kind("apply_", basis)
     seeds, weights, rows = [], [], []
-    for i, (seed, gammas, weight) in enumerate(updates):
-        name = f"gammas of update {i}"
-        checks.coordinates("apply_", name, gammas)
+    for i, update in enumerate(updates):
+        seed, gammas, weight = checks.update("apply_", i, update)
         if gammas.numel() != plan.K:
-            raise ValueError(f"apply_: {name} must have the plan's length {plan.K}, got {gammas.numel()}")
-        targets[name] = gammas
-        seeds.append(checks.seed("apply_", seed))
-        weights.append(checks.number("apply_", f"weight of update {i}", weight))
+            raise ValueError(
+                f"apply_: gammas of update {i} must have the plan's length {plan.K}, got {gammas.numel()}"
+            )
+        seeds.append(seed)
+        weights.append(weight)
         rows.append(gammas)
-    checks.one_device("apply_", targets)
-    for i, gammas in enumerate(rows):
-        checks.finite("apply_", f"gammas of update {i}", gammas)
+    gammas_by_name = {f"gammas of update {i}": gammas for i, gammas in enumerate(rows)}
+    checks.one_device("apply_", targets | gammas_by_name)
+    for name, gammas in gammas_by_name.items():
+        checks.finite("apply_", name, gammas)
+    working = _working_dtype(*params, *rows)
+    for i, weight in enumerate(weights):
+        checks.number("apply_", f"weight of update {i}", weight, working)
     for param in params:
         checks.may_change("apply_", param)
+    checks.separate("apply_", targets)
     if rows:
-        dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
-        stacked = torch.stack([row.to(dtype) for row in rows])
+        stacked = torch.stack([row.to(working) for row in rows])
         _apply_in_place(params, plan.blocks_table, plan.pieces_table, stacked, seeds, weights, alpha, kind)
 
 

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,18 +48,14 @@ class BlockPlan:
 
     K: coordinates in all.
     starts: the first coordinate of each block in the flat gammas [K].
-    blocks_table: int64 [L, 4], offset, numel, k, start of each block.
-    pieces_table: int64 [P, 5], tensor, start, length, offset, block of each piece. A piece is a run of one
-        tensor within one block: its elements [start, start + length) are stream elements
-        [offset, offset + length).
     """
 
     tensors: tuple[tuple[str, int], ...]
     blocks: tuple[Block, ...]
     K: int = field(init=False, repr=False, compare=False)
     starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    blocks_table: Tensor = field(init=False, repr=False, compare=False)
-    pieces_table: Tensor = field(init=False, repr=False, compare=False)
+    _blocks_table: Tensor = field(init=False, repr=False, compare=False)
+    _pieces_table: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_tensors(self.tensors)
@@ -77,11 +74,25 @@ class BlockPlan:
         derived = {
             "K": total,
             "starts": tuple(starts),
-            "blocks_table": torch.tensor(rows, dtype=torch.int64),
-            "pieces_table": torch.tensor(list(_pieces(self.tensors, self.blocks)), dtype=torch.int64),
+            "_blocks_table": torch.tensor(rows, dtype=torch.int64),
+            "_pieces_table": torch.tensor(list(_pieces(self.tensors, self.blocks)), dtype=torch.int64),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the class is frozen
+
+    @property
+    def blocks_table(self) -> Tensor:
+        """A copy of int64 [L, 4]: offset, numel, k, start of each block."""
+        return self._blocks_table.clone()
+
+    @property
+    def pieces_table(self) -> Tensor:
+        """A copy of int64 [P, 5]: tensor, start, length, offset, block of each piece.
+
+        A piece is a run of one tensor within one block: the tensor's elements [start, start + length) are
+        stream elements [offset, offset + length).
+        """
+        return self._pieces_table.clone()
 
     @classmethod
     def from_parameters(
@@ -100,6 +111,11 @@ class BlockPlan:
         it reaches 0.9 times the median parameter; an int N, blocks of N elements of the concatenation.
         allocation, norms: see `with_allocation`.
         """
+        if not isinstance(named_parameters, Iterable) or isinstance(named_parameters, Mapping):
+            raise TypeError(
+                "BlockPlan.from_parameters: named_parameters must be (name, parameter) pairs as of "
+                f"model.named_parameters(), got {type(named_parameters).__name__}"
+            )
         tensors = tuple((name, parameter.numel()) for name, parameter in _trainable(named_parameters))
         if not tensors:
             raise ValueError(
@@ -206,7 +222,13 @@ class BlockPlan:
 def _trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Each non-empty parameter that requires grad, once."""
     seen: set[int] = set()
-    for name, parameter in named_parameters:
+    for item in named_parameters:
+        if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Tensor):
+            raise TypeError(
+                "BlockPlan.from_parameters: named_parameters must be (name, parameter) pairs as of "
+                f"model.named_parameters(), got {type(item).__name__}"
+            )
+        name, parameter = item
         if parameter.requires_grad and parameter.numel() > 0 and id(parameter) not in seen:
             seen.add(id(parameter))
             yield name, parameter
@@ -218,9 +240,9 @@ def _cut(tensors: Sequence[tuple[str, int]], granularity: Granularity | int) -> 
         return list(tensors)
     if granularity == "packed":
         return _pack(tensors)
-    if isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1:
-        total = sum(numel for _, numel in tensors)
-        ends = [*range(granularity, total, granularity), total]
+    if isinstance(granularity, Integral) and not isinstance(granularity, bool) and int(granularity) >= 1:
+        size, total = int(granularity), sum(numel for _, numel in tensors)
+        ends = [*range(size, total, size), total]
         return [(f"[{begin}:{end}]", end - begin) for begin, end in pairwise([0, *ends])]
     raise ValueError(f'BlockPlan: granularity must be "tensor", "packed" or an int >= 1, got {granularity!r}')
 
@@ -246,7 +268,7 @@ def _allocate(
     numels: Sequence[int], K: int, allocation: Allocation, norms: Sequence[float] | None
 ) -> list[int]:
     """K_l of each block."""
-    _check_int("BlockPlan: K", K, 1, 2**63 - 1)
+    K = _check_int("BlockPlan: K", K, 1, 2**63 - 1)
     if len(numels) > K:
         raise ValueError(
             f"BlockPlan: K must be at least the number of blocks, got K = {K} for {len(numels)} blocks; "
@@ -361,9 +383,10 @@ def _check_name(kind: str, name: object) -> None:
         raise ValueError(f"BlockPlan: name of a {kind} must be a non-empty str, got {name!r}")
 
 
-def _check_int(what: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+def _check_int(what: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ValueError(f"{what} must be an int in [{low}, {high}], got {value!r}")
+    return int(value)
 
 
 def _rows(data: Mapping[str, Any], key: str, width: int) -> list[Sequence[Any]]:

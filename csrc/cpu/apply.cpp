@@ -102,10 +102,28 @@ bool all_finite(const ApplyJob& job) {
   return std::all_of(gammas, gammas + job.num_updates * job.total, [](Real x) { return std::isfinite(x); });
 }
 
+// What cannot be rebuilt is NaN, as in project.
+template <class Real>
+void fill_nan(const ApplyJob& job, const RealKernels<Real>& kernels) {
+  const Real zeros[kSpan] = {};
+  const Real nan = std::numeric_limits<Real>::quiet_NaN();
+  for (const Piece* p = job.plan.pieces; p != job.plan.pieces + job.plan.num_pieces; ++p) {
+    const Dtype dtype = job.params[p->tensor].dtype;
+    for (int64_t done = 0; done < p->length; done += kSpan) {
+      const uint64_t first = static_cast<uint64_t>(p->offset + done);
+      kernels.scale_add(zeros, std::min<int64_t>(kSpan, p->length - done), nan, true, dtype,
+                        element_of(job.params, *p, first));
+    }
+  }
+}
+
 template <class Real>
 bool apply_in(const ApplyJob& job, const Threads& threads) {
-  if (!all_finite<Real>(job)) return false;
   const auto& kernels = kernels_of<Real>(active_kernels());
+  if (!all_finite<Real>(job)) {
+    if (job.overwrite) fill_nan(job, kernels);
+    return job.overwrite;
+  }
   const auto pieces = pieces_by_block(job.plan);
   std::vector<BlockUpdates<Real>> blocks(job.plan.num_blocks);
   for_each_task(threads, job.plan.num_blocks, [&](int64_t b) { blocks[b] = prepare<Real>(job, job.plan.blocks[b]); });

@@ -19,7 +19,7 @@ struct Threads {
 // Results do not depend on `threads`. A non-finite element makes its block's coordinates NaN.
 void project(const ProjectJob& job, const Threads& threads);
 
-// False, with every parameter untouched, if a coordinate is not finite.
+// If a coordinate is not finite: with `overwrite` all elements become NaN; else false, with every parameter untouched.
 bool apply(const ApplyJob& job, const Threads& threads);
 
 void basis(const BasisJob& job, const Threads& threads);
