@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ferret_ext import __version__
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.config import ConfigError, Setting, SimulationConfig
 from ferret_ext.federated.data.errors import DataError
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ferret", description="Federated full-parameter tuning with kilobytes."
     )
+    parser.add_argument("--version", action="version", version=f"ferret {__version__}")
     parser.add_argument("command", choices=["simulate"], help="simulate: run all clients in this process")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see ferret simulate --help")
     rest = parser.parse_args(arguments).arguments
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        print("ferret simulate: interrupted; metrics.jsonl holds the rounds so far", file=sys.stderr)
+        print("ferret simulate: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -104,6 +106,10 @@ def run_simulation(config: SimulationConfig, overwrite: bool) -> int:
             result = simulate(config, narration)
     except DivergedError as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        if folder.begun:
+            print(f"ferret simulate: {folder.metrics} holds the rounds so far", file=sys.stderr)
+        raise
     folder.finish(result.model, result.tokenizer, result.history)
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from ferret_ext.federated.data.tokens import Example, collate
 
 
 class DivergedError(RuntimeError):
-    """Local training whose loss or weights are no longer finite."""
+    """Training whose loss or weights are no longer finite."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ferret_ext.federated.data.sources import EVAL_SPLIT
+
 Setting = tuple[str, Any]  # dotted key and value
 
 
@@ -43,7 +45,7 @@ class DatasetConfig:
     config_name: str | None = _option(None, "the hub data set's configuration, e.g. main")
     train_split: str = _option("train", "split that is divided among the clients")
     eval_split: str = _option(
-        "test", "split that is evaluated; held out of the training split where there is none"
+        EVAL_SPLIT, "split that is evaluated; where there is no test split, part of the training split is"
     )
     format: Literal["auto", "gsm8k", "alpaca", "dolly"] = _option(
         "auto", "columns and prompt template; auto goes by the columns"

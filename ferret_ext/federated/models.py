@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ferret_ext.federated.config import ConfigError
 
 TINY_LLAMA = "builtin:tiny-llama"
+DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError)  # what broken weight files raise
 
 
 def load(name: str, dtype: str, device: torch.device, seed: int) -> tuple[Any, Any]:
@@ -89,16 +92,19 @@ def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(name).expanduser()
+    if name.startswith("builtin:"):
+        raise ConfigError(f"model: expected {TINY_LLAMA}, got {name!r}")
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
     source = str(folder) if folder.is_dir() else name
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        where = "" if folder.is_dir() else ", which is no folder here"
         raise ConfigError(
-            f"model: expected a causal language model with its tokenizer at {name!r}: {reason}"
+            f"model: expected a causal language model with its tokenizer at {name!r}{where}: {reason}"
         ) from None
     return model, tokenizer
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +20,59 @@ class RunFolder:
     """The folder of one run: config.yaml, metrics.jsonl, plot.png, plot.svg, model/."""
 
     def __init__(self, config: SimulationConfig, overwrite: bool = False) -> None:
-        """Makes the folder `config.out` and writes config.yaml.
+        """Checks the folder `config.out`, and changes nothing before the run's first metrics are there.
 
         An existing folder with something in it is refused unless `overwrite`, which removes the results of a
         former run and nothing else. Raises ConfigError.
         """
         self.path = Path(config.out).expanduser()
-        self._metrics = self.path / "metrics.jsonl"
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"out: expected a folder, got {config.out!r}, which is a file")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite:
-                raise ConfigError(
-                    f"out: expected a new or empty folder, got {config.out!r}; --overwrite replaces it"
-                )
+        self.metrics = self.path / "metrics.jsonl"
+        self.begun = False
+        self._config = config
+        with self._writing():
+            self._check(overwrite)
+
+    def begin(self) -> None:
+        """Removes the results of a former run, makes the folder, writes config.yaml. Raises ConfigError."""
+        with self._writing():
             self._clear()
-        try:
             self.path.mkdir(parents=True, exist_ok=True)
-            config.save(self.path / "config.yaml")
-        except OSError as error:
-            raise ConfigError(
-                f"out: expected a folder that can be written, got {config.out!r}: {error}"
-            ) from None
+            self._config.save(self.path / "config.yaml")
+        self.begun = True
 
     def append(self, metrics: RoundMetrics) -> None:
-        """Adds a round to metrics.jsonl."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        """Adds a round to metrics.jsonl; the first one begins the folder."""
+        if not self.begun:
+            self.begin()
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(metrics), allow_nan=False) + "\n")
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
         """Writes the plot, and the global model as a folder for transformers."""
         save_plot(history, self.path)
         model.save_pretrained(self.path / "model")
         tokenizer.save_pretrained(self.path / "model")
+
+    def _check(self, overwrite: bool) -> None:
+        out = self._config.out
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out: expected a folder, got {out!r}, which is a file")
+        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+            raise ConfigError(f"out: expected a new or empty folder, got {out!r}; --overwrite replaces it")
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(f"{nearest} is not writable")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"out: expected a folder that can be written, got {self._config.out!r}: {error}"
+            ) from None
 
     def _clear(self) -> None:
         shutil.rmtree(self.path / "model", ignore_errors=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any, Protocol
 
 from ferret_ext.federated.algorithms.base import Reply
+from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
 
@@ -35,6 +37,8 @@ def run_rounds(
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
+    Raises DivergedError where the evaluation loss is no longer finite.
+
     for r = 1 .. R:
         the server draws the round's clients
         each client: rebuilds w_{r-1} from what the server relays, trains T steps, sends its update
@@ -44,6 +48,9 @@ def run_rounds(
     def measure(round_: int, clients: list[int], replies: list[Reply], watch: Stopwatch) -> RoundMetrics:
         with watch("eval"):
             loss = evaluate(server.replica.model)
+        if not math.isfinite(loss):
+            cause = "lower training.learning_rate" if round_ else "the model is broken before any training"
+            raise DivergedError(f"round {round_}: expected a finite evaluation loss, got {loss}; {cause}")
         metrics = _metrics(round_, clients, replies, loss, watch, model_bytes)
         watcher.round_ends(metrics)
         return metrics

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,21 @@ def test_read_takes_a_folder_with_one_file_a_split(tmp_path: Path) -> None:
     assert len(splits.train) == 5
     assert splits.test is not None
     assert len(splits.test) == 2
-    assert sources.read(str(tmp_path), eval_split="validation").test is None
+    assert sources.read(str(tmp_path), train_split="test", eval_split="train").train == splits.test
+
+
+def test_read_holds_out_for_no_other_split_than_test(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", RECORDS)
+    write_lines(tmp_path / "validation.jsonl", RECORDS)
+    assert sources.read(str(tmp_path)).test is None
+    with pytest.raises(DataError, match="expected a split tset, found train, validation"):
+        sources.read(str(tmp_path), eval_split="tset")
+    with pytest.raises(DataError, match="expected a split validation, found train"):
+        sources.read(str(path), eval_split="validation")
+    with pytest.raises(DataError, match="expected a split dev, found test, train"):
+        sources.read("builtin:alpaca", eval_split="dev")
+    with pytest.raises(DataError, match="expected a split trian, found train, validation"):
+        sources.read(str(tmp_path), train_split="trian")
 
 
 @pytest.mark.parametrize("definition", ["Say it.", ["Say it.", "Or else."]])
@@ -61,25 +77,33 @@ def test_read_takes_what_the_generator_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.jsonl", '{"a": 1}\n{"a": \n', "expected JSON records"),
+        ("bad.jsonl", '{"a": 1}\n\n{"a": \n', "expected JSON records, .*: line 3: Expecting value$"),
+        ("words.jsonl", '{"a": 1}\n"a"\n', 'line 2: expected an object, got "a"'),
+        ("cut.json", '[{"a": 1},\n{"a"', "list: Expecting ':' delimiter: line 2"),
         ("empty.jsonl", "", "expected records, found none"),
         ("list.json", "[]", "expected JSON records"),
         ("task.json", '{"Definition": "a", "Instances": [{"input": "b"}]}', "expected Instances with input"),
         ("text.txt", "a", "expected a .json or .jsonl file, got .txt"),
     ],
 )
-def test_read_says_what_is_wrong_with_a_file(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_read_says_what_is_wrong_with_a_file(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str, content: str, message: str
+) -> None:
     path = tmp_path / name
     path.write_text(content)
+    logger, logged = logging.getLogger("datasets"), io.StringIO()
+    logger.addHandler(handler := logging.StreamHandler(logged))
+    request.addfinalizer(lambda: logger.removeHandler(handler))
     with pytest.raises(DataError, match=message) as caught:
         sources.read(str(path))
     assert str(path) in str(caught.value)
+    assert logged.getvalue() == ""
 
 
 def test_read_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a file or a folder, found neither"):
         sources.read(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(DataError, match=r"expected train.jsonl or train.json in it"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl or \.json file a split in it, found none"):
         sources.read(str(tmp_path))
     with pytest.raises(DataError, match="expected one of builtin:alpaca, builtin:dolly, builtin:gsm8k"):
         sources.read("builtin:nothing")

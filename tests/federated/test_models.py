@@ -52,6 +52,33 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         models.load(str(tmp_path), "float32", CPU, 0)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("size", [0, 7, 1000])
+def test_load_refuses_damaged_weights(tmp_path: Path, name: str, size: int) -> None:
+    model = models.tiny_llama(1)
+    model.save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    if name.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:size])
+    with pytest.raises(ConfigError, match="model: expected a causal language model") as caught:
+        models.load(str(tmp_path), "float32", CPU, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_names_the_builtin_model_and_absent_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="model: expected builtin:tiny-llama, got 'builtin:foo'"):
+        models.load("builtin:foo", "float32", CPU, 0)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match="at 'bad/nope', which is no folder here: no connection"):
+        models.load("bad/nope", "float32", CPU, 0)
+
+
 def test_load_refuses_a_tokenizer_that_is_too_large_or_knows_no_end(tmp_path: Path) -> None:
     tokenizer = models.byte_tokenizer()
     models.tiny_llama(1).save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from conftest import SMALL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ferret_ext
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.cli import main
@@ -188,6 +190,78 @@ def test_simulate_keeps_a_folder_with_something_in_it(
     assert (out / "notes.txt").read_text() == "mine"
     assert len(read_metrics(out)) == 2
     assert "which is a file" in refusal(capsys, *SMALL, "--out", str(out / "notes.txt"))
+
+
+@pytest.mark.parametrize(
+    "bad", [["device=tpv"], ["--model", "/absent"], ["--data", "absent.jsonl"], ["ferret.K=2"]]
+)
+def test_refused_run_leaves_its_folder_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: list[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "model").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "plot.png", "model/model.safetensors"):
+        (old / name).write_text(name)
+    before = {path: path.read_text() for path in old.rglob("*.*")}
+    refusal(capsys, *SMALL, "--out", str(old), "--overwrite", *bad)
+    assert {path: path.read_text() for path in old.rglob("*.*")} == before
+    refusal(capsys, *SMALL, "--out", str(new), *bad)
+    assert not new.exists()
+
+
+def test_simulate_refuses_its_folder_before_it_loads_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    unfit = ["--model", "/absent", "--out"]
+    assert "out: expected a new or empty folder" in refusal(capsys, *SMALL, *unfit, str(tmp_path))
+    assert "is a file" in refusal(capsys, *SMALL, *unfit, str(tmp_path / "file" / "run"))
+    assert "out: expected a folder that can be" in refusal(
+        capsys, *SMALL, *unfit, str(tmp_path / ("x" * 300))
+    )
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert "is not writable" in refusal(capsys, *SMALL, *unfit, str(tmp_path / "a" / "b"))
+
+
+def test_simulate_refuses_weights_that_evaluate_to_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = ["rounds=1", "training.max_steps=1", "training.learning_rate=1e10", "evaluation.max_samples=4"]
+    error = refusal(capsys, "--preset", "demo", *huge, "--out", str(tmp_path))
+    assert "round 1: expected a finite evaluation loss, got nan" in error
+    assert [row["round"] for row in read_metrics(tmp_path)] == [0]
+
+
+def test_simulate_checks_columns_before_it_holds_records_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one record"}')
+    arguments = [*SMALL, "--out", str(tmp_path / "run"), "--data", str(data)]
+    assert "expected the columns" in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_interrupted_run_names_the_metrics_that_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    owner, name = (InProcessClients, "exchange") if begun else (in_process.models, "load")
+    monkeypatch.setattr(owner, name, interrupt)
+    assert simulate(*SMALL, "--out", str(tmp_path / "run")) == 130
+    error = capsys.readouterr().err
+    assert "ferret simulate: interrupted" in error
+    assert ("metrics.jsonl holds the rounds so far" in error) == begun
+    assert (tmp_path / "run" / "metrics.jsonl").exists() == begun
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"ferret {ferret_ext.__version__}\n"
 
 
 def test_flags_and_overrides_mix_in_any_order(tmp_path: Path) -> None:

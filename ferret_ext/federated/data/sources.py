@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from ferret_ext.federated.data.errors import DataError
 
 BUILTIN = "builtin:"
 SUFFIXES = (".jsonl", ".json")
+EVAL_SPLIT = "test"  # where this one is absent, training records are held out; any other must be there
 
 Record = Mapping[str, Any]
+Found = dict[str, Callable[[], list[Record]]]  # split -> how to read it
 
 
 @dataclass(frozen=True)
@@ -26,45 +29,48 @@ class Splits:
 
 
 def read(
-    source: str, train_split: str = "train", eval_split: str = "test", config_name: str | None = None
+    source: str, train_split: str = "train", eval_split: str = EVAL_SPLIT, config_name: str | None = None
 ) -> Splits:
     """The records of `source`.
 
-    source: "builtin:NAME" (see `instructions.SETS`), a .json or .jsonl file, a folder with one such file a
-    split, or the name of a data set on the hub. Raises DataError.
+    source: "builtin:NAME" (see `instructions.SETS`), a .json or .jsonl file, which is one split, whatever its
+    name, a folder with one such file a split, or the name of a data set on the hub. Only the test split may
+    be absent. Raises DataError.
     """
+    found = _find(source, train_split, config_name)
+    for split in (train_split, eval_split):
+        if split not in found and (split == train_split or split != EVAL_SPLIT):
+            splits = ", ".join(sorted(found)) or "none"
+            raise DataError(f"data {source}: expected a split {split}, found {splits}")
+    return Splits(found[train_split](), found[eval_split]() if eval_split in found else None)
+
+
+def _find(source: str, train_split: str, config_name: str | None) -> Found:
     if source.startswith(BUILTIN):
-        return _generate(source.removeprefix(BUILTIN))
+        return _find_builtin(source.removeprefix(BUILTIN))
     path = Path(source).expanduser()
     if path.is_file():
-        return Splits(_read_file(path), None)
+        return {train_split: partial(_read_file, path)}
     if path.is_dir():
-        return _read_folder(path, train_split, eval_split)
+        return _find_files(path)
     if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise DataError(f"data {source}: expected a file or a folder, found neither")
-    return _read_hub(source, config_name, train_split, eval_split)
+    return _find_on_hub(source, config_name)
 
 
-def _generate(name: str) -> Splits:
+def _find_builtin(name: str) -> Found:
     if name not in instructions.SETS:
         known = ", ".join(f"{BUILTIN}{key}" for key in instructions.SETS)
         raise DataError(f"data {BUILTIN}{name}: expected one of {known}")
     make = instructions.SETS[name]
-    return Splits(list(make(3000, seed=1)), list(make(300, seed=2)))
+    return {"train": lambda: list(make(3000, seed=1)), "test": lambda: list(make(300, seed=2))}
 
 
-def _read_folder(folder: Path, train_split: str, eval_split: str) -> Splits:
-    found = {split: path for split in (train_split, eval_split) if (path := _split_file(folder, split))}
-    if train_split not in found:
-        raise DataError(
-            f"data {folder}: expected {train_split}.jsonl or {train_split}.json in it, found neither"
-        )
-    test = _read_file(found[eval_split]) if eval_split in found else None
-    return Splits(_read_file(found[train_split]), test)
-
-
-def _split_file(folder: Path, split: str) -> Path | None:
-    return next((path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()), None)
+def _find_files(folder: Path) -> Found:
+    paths = {path.stem: path for suffix in reversed(SUFFIXES) for path in folder.glob(f"*{suffix}")}
+    if not paths:
+        raise DataError(f"data {folder}: expected a .jsonl or .json file a split in it, found none")
+    return {split: partial(_read_file, path) for split, path in paths.items()}
 
 
 def _read_file(path: Path) -> list[Record]:
@@ -80,6 +86,7 @@ def _read_json(path: Path) -> list[Record]:
     import datasets  # type: ignore[import-untyped]
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back as ours
     if path.stat().st_size == 0:
         return []
     try:
@@ -90,7 +97,7 @@ def _read_json(path: Path) -> list[Record]:
         ValueError,
     ) as error:
         raise DataError(
-            f"data {path}: expected JSON records, one a line or in one list: {_root(error)}"
+            f"data {path}: expected JSON records, one a line or in one list: {_fault(path) or _root(error)}"
         ) from None
 
 
@@ -122,7 +129,7 @@ def _first(texts: str | list[str]) -> str:
     return texts if isinstance(texts, str) else next(iter(texts), "")
 
 
-def _read_hub(name: str, config_name: str | None, train_split: str, eval_split: str) -> Splits:
+def _find_on_hub(name: str, config_name: str | None) -> Found:
     import datasets
 
     try:
@@ -131,9 +138,22 @@ def _read_hub(name: str, config_name: str | None, train_split: str, eval_split: 
         raise DataError(
             f"data {name}: no such file or folder, and not to be had from the hub: {_first_line(error)}"
         ) from None
-    if train_split not in splits:
-        raise DataError(f"data {name}: expected a split {train_split}, found {', '.join(splits)}")
-    return Splits(list(splits[train_split]), list(splits[eval_split]) if eval_split in splits else None)
+    return {split: partial(list, records) for split, records in splits.items()}
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file of JSON lines, or one list of records; None if the syntax is right."""
+    text = path.read_bytes()
+    listed = path.suffix == ".json" and text.lstrip().startswith(b"[")
+    for number, line in enumerate([text] if listed else text.split(b"\n"), start=1):
+        where = "list" if listed else f"line {number}"
+        try:
+            value = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            return f"{where}: {error if listed else getattr(error, 'msg', error)}"  # one line has no line 1
+        if not isinstance(value, list if listed else dict):
+            return f"{where}: expected an object, got {line.decode().strip()[:40]}"
+    return None
 
 
 def _root(error: BaseException) -> str:

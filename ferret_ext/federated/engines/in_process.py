@@ -113,13 +113,13 @@ def load_examples(
     """Training and evaluation examples; says what was kept and dropped. Raises DataError."""
     dataset = config.dataset
     splits = sources.read(config.data, dataset.train_split, dataset.eval_split, dataset.config_name)
+    form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
     train, test = splits.train, splits.test
     if test is None:
         train, test = _hold_out(train, derive(config.seed, "hold out"))
         narrator.say(
             f"data: no {dataset.eval_split} split, {len(test)} training records are held out for evaluation"
         )
-    form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
 
     def examples_of(split: str, records: list[Record]) -> list[Example]:
         formats.require_columns(form, records, f"{config.data} ({split})")
