@@ -13,6 +13,8 @@ struct Avx2 {
   using F = __m256;
   static constexpr int lanes = 8;
 
+  // The compiler shall not move work on x over this place.
+  FERRET_HD static void fence(I& x) { __asm__ volatile("" : "+x"(x)); }
   FERRET_HD static I load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   FERRET_HD static void store(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   FERRET_HD static I set1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
@@ -36,6 +38,14 @@ struct Avx2 {
     return _mm256_slli_epi32(a, n);
   }
 
+  // Swaps the bits of b under `mask` with the bits of a n places higher.
+  template <int n>
+  FERRET_HD static void exchange(I& a, I& b, I mask) {
+    const I t = bit_and(bit_xor(shift_right<n>(a), b), mask);
+    a = bit_xor(a, shift_left<n>(t));
+    b = bit_xor(b, t);
+  }
+
   // Lanes of 64 bits: products of the low halves, sums, and the odd 32-bit lanes moved onto the even ones and back.
   FERRET_HD static I multiply_even(I a, I b) { return _mm256_mul_epu32(a, b); }
   FERRET_HD static I multiply_even_signed(I a, I b) { return _mm256_mul_epi32(a, b); }
@@ -46,24 +56,26 @@ struct Avx2 {
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
 
-  // table[i] = the sum of those of a, b, c, d whose bit (1, 2, 4, 8) is set in i.
+  // Tables of 2^bits subset sums: table[i] = the sum of those of x[0], x[1], .. whose bit (1, 2, ..) is set in i.
+  static constexpr int table_bits = 3;  // the width of which look-ups serve most bits an instruction
+  template <int bits>
   FERRET_HD static void store_subset_sums(int32_t* table, const int32_t* x) {
+    static_assert(bits == 3 || bits == 4);
     const I a = _mm256_and_si256(_mm256_set1_epi32(x[0]), _mm256_setr_epi32(0, -1, 0, -1, 0, -1, 0, -1));
     const I b = _mm256_and_si256(_mm256_set1_epi32(x[1]), _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1));
     const I c = _mm256_and_si256(_mm256_set1_epi32(x[2]), _mm256_setr_epi32(0, 0, 0, 0, -1, -1, -1, -1));
     const I low = _mm256_add_epi32(_mm256_add_epi32(a, b), c);
     store(table, low);
-    store(table + 8, _mm256_add_epi32(low, _mm256_set1_epi32(x[3])));
+    if constexpr (bits == 4) store(table + 8, _mm256_add_epi32(low, _mm256_set1_epi32(x[3])));
   }
-  struct Table {
-    I low, high;
-  };
-  FERRET_HD static Table load_table(const int32_t* table) { return {load(table), load(table + 8)}; }
-  // Entry (index mod 16) in every lane: a permutation looks at 3 bits, the fourth chooses between the halves.
-  FERRET_HD static I look_up(Table table, I index) {
-    const F low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.low, index));
-    const F high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table.high, index));
-    return _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(shift_left<28>(index))));
+  // Entry (index mod 2^bits) in every lane. A permutation looks at 3 bits; a fourth chooses between two tables of 8.
+  template <int bits>
+  FERRET_HD static I look_up(const int32_t* table, I index) {
+    const I low = _mm256_permutevar8x32_epi32(load(table), index);
+    if constexpr (bits == 3) return low;
+    const F high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(load(table + 8), index));
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(low), high, _mm256_castsi256_ps(shift_left<28>(index))));
   }
 
   FERRET_HD static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
@@ -76,9 +88,27 @@ struct Avx2 {
   FERRET_HD static F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   FERRET_HD static F square_root(F x) { return _mm256_sqrt_ps(x); }
 
-  // h = fma(x, scale, h) over 8 lanes, x rounded once to the type of h.
-  FERRET_HD static void fold(I x, float scale, float* h) {
-    _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale), _mm256_loadu_ps(h)));
+  // h = fma(x, scale, h) over 8 lanes, or fma(x, scale, 0), x rounded once to the type of h.
+  FERRET_HD static void fold(I x, float scale, bool open, float* h) {
+    const F before = open ? _mm256_setzero_ps() : _mm256_loadu_ps(h);
+    _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale), before));
+  }
+  // to[stride * lane + i] = from[lanes * i + lane]
+  FERRET_HD static void transpose(const float* from, float* to, int stride) {
+    F x[8], y[8];
+    for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_ps(from + 8 * i);
+    for (int i = 0; i < 8; i += 4) {  // 4x4 blocks within the halves
+      const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+      const F c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+      y[i] = _mm256_shuffle_ps(a, c, 0x44);
+      y[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+      y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      y[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(to + stride * i, _mm256_permute2f128_ps(y[i], y[i + 4], 0x20));
+      _mm256_storeu_ps(to + stride * (i + 4), _mm256_permute2f128_ps(y[i], y[i + 4], 0x31));
+    }
   }
   FERRET_HD static void store_double(double* to, I x) {
     _mm256_storeu_pd(to, _mm256_cvtepi32_pd(_mm256_castsi256_si128(x)));

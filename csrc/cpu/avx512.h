@@ -13,6 +13,8 @@ struct Avx512 {
   using F = __m512;
   static constexpr int lanes = 16;
 
+  // The compiler shall not move work on x over this place.
+  FERRET_HD static void fence(I& x) { __asm__ volatile("" : "+v"(x)); }
   FERRET_HD static I load(const void* p) { return _mm512_loadu_si512(p); }
   FERRET_HD static void store(void* p, I x) { _mm512_storeu_si512(p, x); }
   FERRET_HD static I set1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -36,6 +38,14 @@ struct Avx512 {
     return _mm512_slli_epi32(a, n);
   }
 
+  // Swaps the bits of b under `mask` with the bits of a n places higher.
+  template <int n>
+  FERRET_HD static void exchange(I& a, I& b, I mask) {
+    const I up = shift_left<n>(b), down = shift_right<n>(a);
+    a = _mm512_ternarylogic_epi32(mask, a, up, 0xCA);
+    b = _mm512_ternarylogic_epi32(mask, down, b, 0xCA);
+  }
+
   // Lanes of 64 bits: products of the low halves, sums, and the odd 32-bit lanes moved onto the even ones and back.
   FERRET_HD static I multiply_even(I a, I b) { return _mm512_mul_epu32(a, b); }
   FERRET_HD static I multiply_even_signed(I a, I b) { return _mm512_mul_epi32(a, b); }
@@ -46,20 +56,22 @@ struct Avx512 {
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
 
-  // table[i] = the sum of those of a, b, c, d whose bit (1, 2, 4, 8) is set in i.
+  // Tables of 2^bits subset sums: table[i] = the sum of those of x[0], x[1], .. whose bit (1, 2, ..) is set in i.
+  static constexpr int table_bits = 4;  // the width of which look-ups serve most bits an instruction
+  template <int bits>
   FERRET_HD static void store_subset_sums(int32_t* table, const int32_t* x) {
+    static_assert(bits == 4);
     I sums = _mm512_maskz_set1_epi32(0xAAAA, x[0]);
     sums = _mm512_mask_add_epi32(sums, 0xCCCC, sums, _mm512_set1_epi32(x[1]));
     sums = _mm512_mask_add_epi32(sums, 0xF0F0, sums, _mm512_set1_epi32(x[2]));
     sums = _mm512_mask_add_epi32(sums, 0xFF00, sums, _mm512_set1_epi32(x[3]));
     _mm512_storeu_si512(table, sums);
   }
-  struct Table {
-    I entries;
-  };
-  FERRET_HD static Table load_table(const int32_t* table) { return {_mm512_loadu_si512(table)}; }
-  // Entry (index mod 16) in every lane.
-  FERRET_HD static I look_up(Table table, I index) { return _mm512_permutexvar_epi32(index, table.entries); }
+  // Entry (index mod 2^bits) in every lane.
+  template <int bits>
+  FERRET_HD static I look_up(const int32_t* table, I index) {
+    return _mm512_permutexvar_epi32(index, load(table));
+  }
 
   FERRET_HD static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   FERRET_HD static I as_int(F x) { return _mm512_castps_si512(x); }
@@ -71,9 +83,31 @@ struct Avx512 {
   FERRET_HD static F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   FERRET_HD static F square_root(F x) { return _mm512_sqrt_ps(x); }
 
-  // h = fma(x, scale, h) over 16 lanes, x rounded once to the type of h.
-  FERRET_HD static void fold(I x, float scale, float* h) {
-    _mm512_storeu_ps(h, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale), _mm512_loadu_ps(h)));
+  // h = fma(x, scale, h) over 16 lanes, or fma(x, scale, 0), x rounded once to the type of h.
+  FERRET_HD static void fold(I x, float scale, bool open, float* h) {
+    const F before = open ? _mm512_setzero_ps() : _mm512_loadu_ps(h);
+    _mm512_storeu_ps(h, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale), before));
+  }
+  // to[stride * lane + i] = from[lanes * i + lane]
+  FERRET_HD static void transpose(const float* from, float* to, int stride) {
+    F x[16], y[16];
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(from + 16 * i);
+    for (int i = 0; i < 16; i += 4) {  // 4x4 blocks within the quarters
+      const F a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+      const F c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+      y[i] = _mm512_shuffle_ps(a, c, 0x44);
+      y[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+      y[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      y[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {  // the quarters among themselves
+      const F a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88);
+      const F c = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xDD), d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xDD);
+      _mm512_storeu_ps(to + stride * i, _mm512_shuffle_f32x4(a, b, 0x88));
+      _mm512_storeu_ps(to + stride * (i + 4), _mm512_shuffle_f32x4(c, d, 0x88));
+      _mm512_storeu_ps(to + stride * (i + 8), _mm512_shuffle_f32x4(a, b, 0xDD));
+      _mm512_storeu_ps(to + stride * (i + 12), _mm512_shuffle_f32x4(c, d, 0xDD));
+    }
   }
   FERRET_HD static void store_double(double* to, I x) {
     _mm512_storeu_pd(to, _mm512_cvtepi32_pd(_mm512_castsi512_si256(x)));

@@ -29,14 +29,14 @@ struct Group {
   Real scale;
 };
 
-// One update's sum over its columns for the elements [kSpan * span, kSpan * (span + 1)).
+// One update's sum over its columns for the elements [kSpan * span, kSpan * (span + 1)), in an order of the path's own.
 template <class Real>
 struct SpanSum {
   const Group<Real>* groups;  // [ceil(columns / 64)]; coordinates past the last column are 0
   int64_t columns;
   Stream stream;
   uint64_t span;
-  int begin, end;  // the part of the span that is wanted; what lies outside is unspecified
+  int begin, end;  // the part of the span that is wanted; of the rest some is computed too, some left alone
   Real* sums;      // [kSpan]
 };
 
@@ -47,6 +47,7 @@ struct RealKernels {
   void (*project_tile)(const TileProduct<Real>&);
   void (*sum_columns)(const SpanSum<Real>&);
   void (*accumulate)(const Real* sums, int64_t n, Real weight, Real* total);  // total = fma(sums, weight, total)
+  void (*to_element_order)(Basis basis, Real* sums);                          // [kSpan]
   void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param);
 };
 

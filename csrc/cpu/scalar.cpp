@@ -85,8 +85,12 @@ void sum_columns(const SpanSum<Real>& s) {
 }
 
 template <class Real>
+void to_element_order(Basis, Real*) {}
+
+template <class Real>
 constexpr RealKernels<Real> kernels() {
-  return {widen<Real>, subtract<Real>, project_tile<Real>, sum_columns<Real>, accumulate<Real>, scale_add<Real>};
+  return {widen<Real>,      subtract<Real>,         project_tile<Real>, sum_columns<Real>,
+          accumulate<Real>, to_element_order<Real>, scale_add<Real>};
 }
 
 }  // namespace

@@ -1,26 +1,19 @@
 // The vector paths: one algorithm over a vector type V (avx2.h, avx512.h), compiled once per instruction set.
 //
-// project keeps columns in the lanes; four consecutive elements q make a table of 16 subset sums, and each lane's next four
-// random bits pick its entry: one look-up serves 4 elements of every lane's column. With S = sum of the q whose bit is set
-// (sign -1) a column's sum is total - 2 S, modulo 2^32 on the way and exact at the end.
+// project keeps columns in the lanes; a few consecutive elements q make a table of the subset sums of their -2 q, and each lane's
+// next random bits pick its entry: one look-up serves these elements of every lane's column. A set bit is the sign -1, so a column's
+// sum is the sum of all q plus its entries, modulo 2^32 on the way and exact at the end.
 // reconstruct keeps calls (runs of elements) in the lanes; the words of four columns are transposed as 4x4 bit blocks, so that
 // a nibble holds one element's bits of four columns, and the tables hold the subset sums of four coordinates.
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "elementwise.h"
 #include "vector_stream.h"
 
 namespace ferret::cpu {
 namespace {
-
-template <class F, int... n>
-FERRET_HD void unroll(std::integer_sequence<int, n...>, F f) {
-  (f(std::integral_constant<int, n>()), ...);
-}
-using Nibbles = std::make_integer_sequence<int, 8>;
-using Bytes = std::make_integer_sequence<int, 4>;
 
 // Exact sums of products of 32-bit lanes, kept in 64 bits for even and odd lanes apart.
 template <class V>
@@ -57,39 +50,69 @@ FERRET_HD double uniform_sum(int32_t high, int32_t low, int64_t factors) {
 
 // ---- project: values[i] = sum over the tile of q_j b(j, first + i) ----
 
+// Of two calls at a time: while Philox works on a pair, the words of the pair before are looked up.
 template <class V>
 void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
                           double* values) {
   using I = typename V::I;
-  alignas(64) int32_t tables[kTile / 4][16];
-  const int first_call = begin / 128, last_call = (end + 127) / 128;
+  constexpr int bits = V::table_bits, look_ups = (32 + bits - 1) / bits;
+  alignas(64) int32_t tables[kWordsPerTile][look_ups][1 << bits];
+  alignas(64) int32_t words[8][V::lanes];
+  const int first_pair = begin / 256, last_pair = (end + 255) / 256;
+  int32_t doubled[kTile + kPad];  // a table may read past the tile, into what is never looked up
   uint32_t total = 0;
-  for (int j = first_call * 128; j < last_call * 128; ++j) total += static_cast<uint32_t>(q[j]);
-  for (int m = first_call * 32; m < last_call * 32; ++m) V::store_subset_sums(tables[m], q + 4 * m);
-
-  for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(stream, tile * (kTile / 128), first + static_cast<uint32_t>(i));
-    I sums[4] = {V::set1(0u), V::set1(0u), V::set1(0u), V::set1(0u)};
-    for (int call = first_call; call < last_call; ++call) {
-      I w[4];
-      columns.call(tile * (kTile / 128) + call, w);
-      for (int word = 0; word < 4; ++word) {
-        unroll(Nibbles(), [&](auto n) {
-          const auto table = V::load_table(tables[call * 32 + word * 8 + n]);
-          sums[n % 4] = V::add(sums[n % 4], V::look_up(table, V::template shift_right<4 * n>(w[word])));
-        });
-      }
-    }
-    const I set = V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3]));
-    V::store_double(values + i, V::sub(V::set1(total), V::add(set, set)));
+  for (int j = first_pair * 256; j < last_pair * 256; ++j) {
+    doubled[j] = -2 * q[j];
+    total += static_cast<uint32_t>(q[j]);
   }
+  memset(doubled + last_pair * 256, 0, sizeof(int32_t) * kPad);
+  for (int word = first_pair * 8; word < last_pair * 8; ++word) {
+    for (int n = 0; n < look_ups; ++n)
+      V::template store_subset_sums<bits>(tables[word][n], doubled + 32 * word + bits * n);
+  }
+  const PhiloxKeys keys(stream.seed);
+  CallPart calls[kTile / 128];
+  for (int i = 0; i < kTile / 128; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 128) + i);
+
+  I sums[2] = {V::set1(total), V::set1(0u)};
+  const auto look_up_words = [&](int pair, int word) FERRET_INLINE {
+    const auto& table = tables[pair * 8 + word];
+    const I w = V::load(words[word]);
+    unroll(Count<look_ups>(), [&](auto n) FERRET_INLINE {
+      sums[n % 2] = V::add(sums[n % 2], V::template look_up<bits>(table[n], V::template shift_right<bits * n>(w)));
+    });
+    V::fence(sums[0]);  // else all look-ups are gathered in one place, and Philox's state is spilled
+    V::fence(sums[1]);
+  };
+  const auto take_sums = [&](double* to) FERRET_INLINE {
+    V::store_double(to, V::add(sums[0], sums[1]));
+    sums[0] = V::set1(total);
+    sums[1] = V::set1(0u);
+  };
+  int before = -1;  // the pair whose words are there
+  for (int i = 0; i < count; i += V::lanes) {
+    const ColumnWords<V> columns(keys, tile * (kTile / 128), first + static_cast<uint32_t>(i));
+    for (int pair = first_pair; pair < last_pair; ++pair) {
+      I w[2][4];
+      if (before < 0) {
+        columns.words(calls + 2 * pair, w);
+      } else {
+        columns.words(calls + 2 * pair, w, [&](int word) FERRET_INLINE { look_up_words(before, word); });
+        if (pair == first_pair) take_sums(values + i - V::lanes);
+      }
+      for (int word = 0; word < 8; ++word) V::store(words[word], w[word / 4][word % 4]);
+      before = pair;
+    }
+  }
+  for (int word = 0; word < 8; ++word) look_up_words(before, word);
+  take_sums(values + (count - 1) / V::lanes * V::lanes);
 }
 
 template <class V>
 void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
                        double* values) {
   using I = typename V::I;
-  const int first_call = begin / 16, last_call = (end + 15) / 16;
+  const int first_call = begin / 32 * 2, last_call = (end + 31) / 32 * 2;
   int32_t pairs[kTile / 4][2][2];  // [word][even bytes, odd bytes][high, low]
   int64_t total = 0;
   for (int m = first_call * 4; m < last_call * 4; ++m) {
@@ -100,17 +123,20 @@ void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stre
       total += static_cast<int64_t>(q[4 * m + odd]) + q[4 * m + odd + 2];
     }
   }
+  const PhiloxKeys keys(stream.seed);
+  CallPart calls[kTile / 16];
+  for (int i = 0; i < kTile / 16; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 16) + i);
   const I even_bytes = V::set1(0x00FF00FFu);
   for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(stream, tile * (kTile / 16), first + static_cast<uint32_t>(i));
+    const ColumnWords<V> columns(keys, tile * (kTile / 16), first + static_cast<uint32_t>(i));
     I high = V::set1(0u), low = V::set1(0u);
-    for (int call = first_call; call < last_call; ++call) {
-      I w[4];
-      columns.call(tile * (kTile / 16) + call, w);
-      for (int word = 0; word < 4; ++word) {
+    for (int call = first_call; call < last_call; call += 2) {
+      I w[2][4];
+      columns.words(calls + call, w);
+      for (int word = 0; word < 8; ++word) {
         const auto& pair = pairs[call * 4 + word];
-        const I bytes[2] = {V::bit_and(w[word], even_bytes),
-                            V::bit_and(V::template shift_right<8>(w[word]), even_bytes)};
+        const I x = w[word / 4][word % 4];
+        const I bytes[2] = {V::bit_and(x, even_bytes), V::bit_and(V::template shift_right<8>(x), even_bytes)};
         for (int odd = 0; odd < 2; ++odd) {
           high = V::add(high, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][0]))));
           low = V::add(low, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][1]))));
@@ -128,17 +154,22 @@ template <class V>
 void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
                         double* values) {
   using I = typename V::I;
-  const int first_call = begin / 4, last_call = (end + 3) / 4;
+  const int first_call = begin / 8 * 2, last_call = (end + 7) / 8 * 2;
+  const PhiloxKeys keys(stream.seed);
+  CallPart calls[kTile / 4];
+  for (int i = 0; i < kTile / 4; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 4) + i);
   for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(stream, tile * (kTile / 4), first + static_cast<uint32_t>(i));
+    const ColumnWords<V> columns(keys, tile * (kTile / 4), first + static_cast<uint32_t>(i));
     WideSum<V> sum;
     sum.clear();
-    for (int call = first_call; call < last_call; ++call) {
-      I w[4], b[4];
-      columns.call(tile * (kTile / 4) + call, w);
-      box_muller<V>(w[0], w[1], b[0], b[1]);
-      box_muller<V>(w[2], w[3], b[2], b[3]);
-      for (int e = 0; e < 4; ++e) sum.add_product(b[e], V::set1(static_cast<uint32_t>(q[4 * call + e])));
+    for (int call = first_call; call < last_call; call += 2) {
+      I w[2][4];
+      columns.words(calls + call, w);
+      for (int e = 0; e < 8; e += 2) {
+        I b[2];
+        box_muller<V>(w[e / 4][e % 4], w[e / 4][e % 4 + 1], b[0], b[1]);
+        for (int n = 0; n < 2; ++n) sum.add_product(b[n], V::set1(static_cast<uint32_t>(q[4 * call + e + n])));
+      }
     }
     sum.store(values + i);
   }
@@ -160,190 +191,255 @@ void project_tile(const TileProduct<Real>& p) {
   add_tile_values<Real>(values, p.count, tile.unit, p.sums);
 }
 
-// ---- reconstruct: H of the elements of `lanes` consecutive calls, as [place in the call][lane] ----
+// ---- reconstruct: H of the elements of `lanes` consecutive calls, as h[place in the call][lane] ----
+//
+// A group object holds what all calls share of 64 columns. add() has h = fma(G, scale, h) for its group, or, where the group opens a
+// fold, h = fma(G, scale, 0).
 
 template <class V, class Real>
-struct CallSums {
-  static constexpr int kPlaces = 128;
-  alignas(64) Real h[kPlaces][V::lanes];
-  alignas(64) Real total[kPlaces][V::lanes];
-};
+using Lanes = Real[V::lanes];
 
-// h = fma(G, scale, h) with G = hi + lo * 2^-23 from exact float64 sums, rounded once to Real.
+// G = hi + lo * 2^-23 from exact float64 sums, rounded once to Real.
 template <class V, class Real>
-FERRET_HD void fold_exact(const double* hi, const double* lo, Real scale, Real* h) {
+FERRET_HD void fold_exact(const double* hi, const double* lo, Real scale, bool open, Real* h) {
   for (int i = 0; i < V::lanes; ++i) {
     const double value = Working<Real>::limbs == 2 ? hi[i] + lo[i] * 0x1p-23 : hi[i];
-    h[i] = fused_multiply_add(static_cast<Real>(value), scale, h[i]);
+    h[i] = fused_multiply_add(static_cast<Real>(value), scale, open ? Real(0) : h[i]);
   }
 }
 
-// Rows of four words as 4x4 bit blocks: afterwards nibble n of x[r] holds bit 4n + r of the former x[0], x[1], x[2], x[3].
+// Words as 4x4 bit blocks: afterwards nibble n of x[r] holds bit 4n + r of the former x[0], x[1], x[2], x[3].
 template <class V>
-FERRET_HD void transpose_nibbles(typename V::I x[4]) {
-  using I = typename V::I;
-  const I ones = V::set1(0x55555555u), twos = V::set1(0x33333333u);
-  for (int r = 0; r < 4; r += 2) {
-    const I t = V::bit_and(V::bit_xor(V::template shift_right<1>(x[r]), x[r + 1]), ones);
-    x[r + 1] = V::bit_xor(x[r + 1], t);
-    x[r] = V::bit_xor(x[r], V::template shift_left<1>(t));
-  }
-  for (int r = 0; r < 2; ++r) {
-    const I t = V::bit_and(V::bit_xor(V::template shift_right<2>(x[r]), x[r + 2]), twos);
-    x[r + 2] = V::bit_xor(x[r + 2], t);
-    x[r] = V::bit_xor(x[r], V::template shift_left<2>(t));
-  }
+FERRET_HD void transpose_nibbles(typename V::I (&x)[4]) {
+  for (int r = 0; r < 4; r += 2) V::template exchange<1>(x[r], x[r + 1], V::set1(0x55555555u));
+  for (int r = 0; r < 2; ++r) V::template exchange<2>(x[r], x[r + 2], V::set1(0x33333333u));
 }
 
 template <class V, class Real>
-void rademacher_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
-                          Real (*h)[V::lanes]) {
+class RademacherGroup {
   using I = typename V::I;
-  constexpr int limbs = Working<Real>::limbs;
-  const int quads = (columns + 3) / 4;
-  alignas(64) int32_t nibbles[kGroup / 4][16][V::lanes];  // [quad][word * 4 + row]
-  alignas(64) int32_t tables[limbs][kGroup / 4][16];
-  uint32_t total[limbs] = {};
-  for (int quad = 0; quad < quads; ++quad) {
-    I w[4][4];  // [column][word]
-    for (int c = 0; c < 4; ++c) calls.column(first + static_cast<uint32_t>(4 * quad + c), w[c]);
-    for (int word = 0; word < 4; ++word) {
-      I rows[4] = {w[0][word], w[1][word], w[2][word], w[3][word]};
-      transpose_nibbles<V>(rows);
-      for (int r = 0; r < 4; ++r) V::store(nibbles[quad][word * 4 + r], rows[r]);
-    }
+  static constexpr int limbs = Working<Real>::limbs;
+
+ public:
+  RademacherGroup(const Group<Real>& group, int columns) : scale_(group.scale), quads_((columns + 3) / 4) {
     for (int limb = 0; limb < limbs; ++limb) {
-      V::store_subset_sums(tables[limb][quad], group.c[limb] + 4 * quad);
-      for (int c = 0; c < 4; ++c) total[limb] += static_cast<uint32_t>(group.c[limb][4 * quad + c]);
+      total_[limb] = 0;
+      for (int quad = 0; quad < quads_; ++quad) {
+        int32_t doubled[4];
+        for (int c = 0; c < 4; ++c) {
+          doubled[c] = -2 * group.c[limb][4 * quad + c];
+          total_[limb] += static_cast<uint32_t>(group.c[limb][4 * quad + c]);
+        }
+        V::template store_subset_sums<4>(tables_[limb][quad], doubled);
+      }
     }
   }
-  for (int row = 0; row < 16; ++row) {
-    I sums[limbs][8];
+
+  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+    alignas(64) int32_t nibbles[16][kGroup / 4][V::lanes];  // [word * 4 + row][quad]
+    for (int quad = 0; quad < quads_; ++quad) {
+      I w[2][2][4];  // [pair of columns][column][word]
+      for (int pair = 0; pair < 2; ++pair) calls.words(columns + 4 * quad + 2 * pair, w[pair]);
+      for (int word = 0; word < 4; ++word) {
+        I rows[4] = {w[0][0][word], w[0][1][word], w[1][0][word], w[1][1][word]};
+        transpose_nibbles<V>(rows);
+        for (int r = 0; r < 4; ++r) V::store(nibbles[word * 4 + r][quad], rows[r]);
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      I sums[limbs][8];
+      for (int limb = 0; limb < limbs; ++limb) {
+        for (int n = 0; n < 8; ++n) sums[limb][n] = V::set1(total_[limb]);
+        for (int quad = 0; quad < quads_; ++quad) {
+          const I index = V::load(nibbles[row][quad]);
+          unroll(Count<8>(), [&](auto n) FERRET_INLINE {
+            sums[limb][n] = V::add(sums[limb][n],
+                                   V::template look_up<4>(tables_[limb][quad], V::template shift_right<4 * n>(index)));
+          });
+        }
+      }
+      for (int n = 0; n < 8; ++n) {
+        Real* to = h[row / 4 * 32 + 4 * n + row % 4];
+        if constexpr (limbs == 1) {
+          V::fold(sums[0][n], scale_, open, to);
+        } else {
+          double values[2][V::lanes];
+          V::store_double(values[0], sums[0][n]);
+          V::store_double(values[1], sums[1][n]);
+          fold_exact<V>(values[0], values[1], scale_, open, to);
+        }
+      }
+    }
+  }
+
+ private:
+  alignas(64) int32_t tables_[limbs][kGroup / 4][16];
+  uint32_t total_[limbs];
+  Real scale_;
+  int quads_;
+};
+
+template <class V, class Real>
+class UniformGroup {
+  using I = typename V::I;
+  static constexpr int limbs = Working<Real>::limbs;
+
+ public:
+  UniformGroup(const Group<Real>& group, int columns) : scale_(group.scale), pairs_((columns + 1) / 2) {
     for (int limb = 0; limb < limbs; ++limb) {
-      for (int n = 0; n < 8; ++n) sums[limb][n] = V::set1(0u);
-      for (int quad = 0; quad < quads; ++quad) {
-        const auto table = V::load_table(tables[limb][quad]);
-        const I index = V::load(nibbles[quad][row]);
-        unroll(Nibbles(), [&](auto n) {
-          sums[limb][n] = V::add(sums[limb][n], V::look_up(table, V::template shift_right<4 * n>(index)));
+      total_[limb] = 0;
+      for (int pair = 0; pair < pairs_; ++pair) {
+        const int32_t* c = group.c[limb] + 2 * pair;
+        total_[limb] += static_cast<int64_t>(c[0]) + c[1];
+        const PairHalves halves(c[0], c[1]);
+        high_[limb][pair] = static_cast<uint32_t>(halves.high);
+        low_[limb][pair] = static_cast<uint32_t>(halves.low);
+      }
+    }
+  }
+
+  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+    alignas(64) int32_t words[4][kGroup][V::lanes];
+    for (int k = 0; k < 2 * pairs_; k += 2) {
+      I w[2][4];
+      calls.words(columns + k, w);
+      for (int word = 0; word < 8; ++word) V::store(words[word % 4][k + word / 4], w[word / 4][word % 4]);
+    }
+    const I byte = V::set1(255u);
+    for (int word = 0; word < 4; ++word) {
+      I high[limbs][4], low[limbs][4];  // [byte]
+      for (int limb = 0; limb < limbs; ++limb) {
+        for (int b = 0; b < 4; ++b) high[limb][b] = low[limb][b] = V::set1(0u);
+      }
+      for (int pair = 0; pair < pairs_; ++pair) {
+        const I even = V::load(words[word][2 * pair]), odd = V::load(words[word][2 * pair + 1]);
+        unroll(Count<4>(), [&](auto b) FERRET_INLINE {
+          const I bytes = V::bit_or(V::bit_and(V::template shift_right<8 * b>(even), byte),
+                                    V::template shift_left<16>(V::bit_and(V::template shift_right<8 * b>(odd), byte)));
+          for (int limb = 0; limb < limbs; ++limb) {
+            high[limb][b] = V::add(high[limb][b], V::multiply_pairs(bytes, V::set1(high_[limb][pair])));
+            low[limb][b] = V::add(low[limb][b], V::multiply_pairs(bytes, V::set1(low_[limb][pair])));
+          }
         });
       }
-      for (int n = 0; n < 8; ++n) sums[limb][n] = V::sub(V::set1(total[limb]), V::add(sums[limb][n], sums[limb][n]));
-    }
-    for (int n = 0; n < 8; ++n) {
-      Real* to = h[row / 4 * 32 + 4 * n + row % 4];
-      if constexpr (limbs == 1) {
-        V::fold(sums[0][n], group.scale, to);
-      } else {
+      for (int b = 0; b < 4; ++b) {
         double values[2][V::lanes];
-        V::store_double(values[0], sums[0][n]);
-        V::store_double(values[1], sums[1][n]);
-        fold_exact<V>(values[0], values[1], group.scale, to);
-      }
-    }
-  }
-}
-
-template <class V, class Real>
-void uniform_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
-                       Real (*h)[V::lanes]) {
-  using I = typename V::I;
-  constexpr int limbs = Working<Real>::limbs;
-  const int pairs = (columns + 1) / 2;
-  alignas(64) int32_t words[kGroup][4][V::lanes];
-  for (int k = 0; k < 2 * pairs; ++k) {
-    I w[4];
-    calls.column(first + static_cast<uint32_t>(k), w);
-    for (int word = 0; word < 4; ++word) V::store(words[k][word], w[word]);
-  }
-  int64_t total[limbs] = {};
-  for (int limb = 0; limb < limbs; ++limb) {
-    for (int k = 0; k < kGroup; ++k) total[limb] += group.c[limb][k];
-  }
-  const I byte = V::set1(255u);
-  for (int word = 0; word < 4; ++word) {
-    unroll(Bytes(), [&](auto b) {
-      double values[2][V::lanes];
-      for (int limb = 0; limb < limbs; ++limb) {
-        I high = V::set1(0u), low = V::set1(0u);
-        for (int pair = 0; pair < pairs; ++pair) {
-          const I even = V::bit_and(V::template shift_right<8 * b>(V::load(words[2 * pair][word])), byte);
-          const I odd = V::bit_and(V::template shift_right<8 * b>(V::load(words[2 * pair + 1][word])), byte);
-          const I bytes = V::bit_or(even, V::template shift_left<16>(odd));
-          const PairHalves factors(group.c[limb][2 * pair], group.c[limb][2 * pair + 1]);
-          high = V::add(high, V::multiply_pairs(bytes, V::set1(static_cast<uint32_t>(factors.high))));
-          low = V::add(low, V::multiply_pairs(bytes, V::set1(static_cast<uint32_t>(factors.low))));
+        for (int limb = 0; limb < limbs; ++limb) {
+          int32_t highs[V::lanes], lows[V::lanes];
+          V::store(highs, high[limb][b]);
+          V::store(lows, low[limb][b]);
+          for (int i = 0; i < V::lanes; ++i) values[limb][i] = uniform_sum(highs[i], lows[i], total_[limb]);
         }
-        int32_t highs[V::lanes], lows[V::lanes];
-        V::store(highs, high);
-        V::store(lows, low);
-        for (int i = 0; i < V::lanes; ++i) values[limb][i] = uniform_sum(highs[i], lows[i], total[limb]);
+        fold_exact<V>(values[0], values[1], scale_, open, h[4 * word + b]);
       }
-      fold_exact<V>(values[0], values[1], group.scale, h[4 * word + b]);
-    });
-  }
-}
-
-template <class V, class Real>
-void gaussian_add_group(const Group<Real>& group, const CallWords<V>& calls, uint32_t first, int columns,
-                        Real (*h)[V::lanes]) {
-  using I = typename V::I;
-  constexpr int limbs = Working<Real>::limbs;
-  WideSum<V> sums[limbs][4];
-  for (auto& limb : sums) {
-    for (auto& sum : limb) sum.clear();
-  }
-  for (int k = 0; k < columns; ++k) {
-    I w[4], b[4];
-    calls.column(first + static_cast<uint32_t>(k), w);
-    box_muller<V>(w[0], w[1], b[0], b[1]);
-    box_muller<V>(w[2], w[3], b[2], b[3]);
-    for (int limb = 0; limb < limbs; ++limb) {
-      const I factor = V::set1(static_cast<uint32_t>(group.c[limb][k]));
-      for (int e = 0; e < 4; ++e) sums[limb][e].add_product(b[e], factor);
     }
   }
-  for (int e = 0; e < 4; ++e) {
-    double values[2][V::lanes];
-    for (int limb = 0; limb < limbs; ++limb) sums[limb][e].store(values[limb]);
-    fold_exact<V>(values[0], values[1], group.scale, h[e]);
+
+ private:
+  uint32_t high_[limbs][kGroup / 2], low_[limbs][kGroup / 2];
+  int64_t total_[limbs];
+  Real scale_;
+  int pairs_;
+};
+
+template <class V, class Real>
+class GaussianGroup {
+  using I = typename V::I;
+  static constexpr int limbs = Working<Real>::limbs;
+
+ public:
+  GaussianGroup(const Group<Real>& group, int columns) : group_(group), columns_(columns) {}
+
+  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+    WideSum<V> sums[limbs][4];
+    for (auto& limb : sums) {
+      for (auto& sum : limb) sum.clear();
+    }
+    for (int k = 0; k < columns_; k += 2) {
+      I w[2][4];
+      calls.words(columns + k, w);
+      for (int i = 0; i < 2; ++i) {
+        I b[4];
+        box_muller<V>(w[i][0], w[i][1], b[0], b[1]);
+        box_muller<V>(w[i][2], w[i][3], b[2], b[3]);
+        for (int limb = 0; limb < limbs; ++limb) {
+          const I factor = V::set1(static_cast<uint32_t>(group_.c[limb][k + i]));
+          for (int e = 0; e < 4; ++e) sums[limb][e].add_product(b[e], factor);
+        }
+      }
+    }
+    for (int e = 0; e < 4; ++e) {
+      double values[2][V::lanes];
+      for (int limb = 0; limb < limbs; ++limb) sums[limb][e].store(values[limb]);
+      fold_exact<V>(values[0], values[1], group_.scale, open, h[e]);
+    }
   }
+
+ private:
+  const Group<Real>& group_;
+  int columns_;
+};
+
+// The sums of a fold of 64 groups are closed before the next one opens; a single fold needs no second array.
+template <class V, class Real, template <class, class> class BasisGroup>
+void sum_columns_of(const SpanSum<Real>& s) {
+  const int e = elements_per_call(s.stream.basis), step = e * V::lanes;
+  const uint64_t first_call = s.span * kSpan / e;
+  const int first_step = s.begin / step * step;
+  const int64_t groups = (s.columns + kGroup - 1) / kGroup;
+  const PhiloxKeys keys(s.stream.seed);
+  ColumnPart parts[kGroup];
+  Real total[kSpan];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int columns = static_cast<int>(s.columns - g * kGroup < kGroup ? s.columns - g * kGroup : kGroup);
+    for (int k = 0; k < (columns + 3) / 4 * 4; ++k) {
+      parts[k] = ColumnPart(keys, first_call, static_cast<uint32_t>(g * kGroup + k));
+    }
+    const BasisGroup<V, Real> group(s.groups[g], columns);
+    for (int begin = first_step; begin < s.end; begin += step) {
+      group.add(CallWords<V>(keys, s.stream.basis, first_call + static_cast<uint64_t>(begin / e)), parts,
+                g % kFoldRadix == 0, reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
+    }
+    const bool closes = g % kFoldRadix == kFoldRadix - 1 || g == groups - 1;
+    if (closes && groups > kFoldRadix) {
+      for (int i = first_step; i < s.end; ++i) total[i] = (g < kFoldRadix ? Real(0) : total[i]) + s.sums[i];
+    }
+  }
+  if (groups > kFoldRadix) memcpy(s.sums + first_step, total + first_step, sizeof(Real) * (s.end - first_step));
 }
 
 template <class V, class Real>
 void sum_columns(const SpanSum<Real>& s) {
-  const int e = elements_per_call(s.stream.basis);
-  const auto add_group = s.stream.basis == Basis::rademacher ? rademacher_add_group<V, Real>
-                         : s.stream.basis == Basis::uniform  ? uniform_add_group<V, Real>
-                                                             : gaussian_add_group<V, Real>;
-  CallSums<V, Real> calls;
-  const int step = e * V::lanes;
-  for (int begin = s.begin / step * step; begin < s.end; begin += step) {
-    const CallWords<V> words(s.stream, (s.span * kSpan + begin) / e);
-    memset(calls.h, 0, sizeof(calls.h[0]) * e);
-    memset(calls.total, 0, sizeof(calls.total[0]) * e);
-    const auto close_fold = [&] {
+  switch (s.stream.basis) {
+    case Basis::rademacher: return sum_columns_of<V, Real, RademacherGroup>(s);
+    case Basis::uniform: return sum_columns_of<V, Real, UniformGroup>(s);
+    case Basis::gaussian: return sum_columns_of<V, Real, GaussianGroup>(s);
+  }
+}
+
+template <class V, class Real>
+void to_element_order(Basis basis, Real* sums) {
+  const int e = elements_per_call(basis), step = e * V::lanes;
+  Real elements[128 * V::lanes];
+  for (int begin = 0; begin < kSpan; begin += step) {
+    const auto* h = reinterpret_cast<const Lanes<V, Real>*>(sums + begin);
+    if constexpr (std::is_same_v<Real, float>) {
+      for (int place = 0; place + V::lanes <= e; place += V::lanes) V::transpose(h[place], elements + place, e);
+    }
+    if (!std::is_same_v<Real, float> || e < V::lanes) {
       for (int place = 0; place < e; ++place) {
-        for (int lane = 0; lane < V::lanes; ++lane) calls.total[place][lane] += calls.h[place][lane];
+        for (int lane = 0; lane < V::lanes; ++lane) elements[lane * e + place] = h[place][lane];
       }
-      memset(calls.h, 0, sizeof(calls.h[0]) * e);
-    };
-    for (int64_t first = 0; first < s.columns; first += kGroup) {
-      const int columns = static_cast<int>(s.columns - first < kGroup ? s.columns - first : kGroup);
-      const int64_t group = first / kGroup;
-      add_group(s.groups[group], words, static_cast<uint32_t>(first), columns, calls.h);
-      if (group % kFoldRadix == kFoldRadix - 1) close_fold();
     }
-    close_fold();
-    for (int lane = 0; lane < V::lanes; ++lane) {
-      for (int place = 0; place < e; ++place) s.sums[begin + lane * e + place] = calls.total[place][lane];
-    }
+    memcpy(sums + begin, elements, sizeof(Real) * step);
   }
 }
 
 template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
-  return {widen<Real>, subtract<Real>, project_tile<V, Real>, sum_columns<V, Real>, accumulate<Real>, scale_add<Real>};
+  return {widen<Real>,          subtract<Real>,   project_tile<V, Real>,
+          sum_columns<V, Real>, accumulate<Real>, to_element_order<V, Real>,
+          scale_add<Real>};
 }
 
 }  // namespace

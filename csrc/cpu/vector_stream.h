@@ -1,6 +1,8 @@
 // The stream over the lanes of a vector type V (avx2.h, avx512.h): Philox words of many columns or calls, normal deviates.
 #pragma once
 
+#include <utility>
+
 #include "../core/job.h"
 
 namespace ferret::cpu {
@@ -24,6 +26,7 @@ struct Halves {
     const typename V::I k = V::set1(key);
     return {V::bit_xor(even, other.even, k), V::bit_xor(odd, other.odd, k)};
   }
+  FERRET_HD Halves bit_xor(Halves other) const { return {V::bit_xor(even, other.even), V::bit_xor(odd, other.odd)}; }
   FERRET_HD Halves bit_xor(uint32_t key) const {
     const typename V::I k = V::set1(key);
     return {V::bit_xor(even, k), V::bit_xor(odd, k)};
@@ -43,76 +46,129 @@ struct PhiloxKeys {
 
 FERRET_HD uint32_t high_word(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
 
-// What is left after the first two rounds.
-template <class V>
-FERRET_HD void philox_rounds(Halves<V> x0, Halves<V> x1, Halves<V> x2, Halves<V> x3, const PhiloxKeys& keys,
-                             typename V::I w[4]) {
-  for (int r = 2; r < kPhiloxRounds; ++r) {
-    const Halves<V> p0 = x0.times(kPhiloxMultiplier0), p1 = x2.times(kPhiloxMultiplier1);
-    x0 = p1.high().bit_xor(x1, keys.key0[r]);
-    x2 = p0.high().bit_xor(x3, keys.key1[r]);
-    x1 = p1;
-    x3 = p0;
+#define FERRET_INLINE __attribute__((always_inline))  // for lambdas, where the compiler would rather call
+
+// f(constant 0), f(constant 1), ..
+template <class F, int... n>
+FERRET_HD void unroll(std::integer_sequence<int, n...>, F f) {
+  (f(std::integral_constant<int, n>()), ...);
+}
+template <int n>
+using Count = std::make_integer_sequence<int, n>;
+
+struct Nothing {
+  FERRET_HD void operator()(int) const {}
+};
+
+// Rounds 3 to 9 of n counters side by side: a chain of multiplications waits for each of its rounds, so one counter alone would leave
+// multipliers idle. beside(0), .., beside(7) is other work in between, which fills what two counters leave.
+template <class V, int n, class F>
+FERRET_HD void philox_rounds(Halves<V> (&x)[n][4], const PhiloxKeys& keys, typename V::I (&w)[n][4], F beside) {
+  unroll(Count<7>(), [&](auto round) FERRET_INLINE {
+    for (auto& c : x) {
+      const Halves<V> p0 = c[0].times(kPhiloxMultiplier0), p1 = c[2].times(kPhiloxMultiplier1);
+      c[0] = p1.high().bit_xor(c[1], keys.key0[3 + round]);
+      c[2] = p0.high().bit_xor(c[3], keys.key1[3 + round]);
+      c[1] = p1;
+      c[3] = p0;
+    }
+    beside(round);
+  });
+  beside(7);
+  for (int i = 0; i < n; ++i) {
+    for (int word = 0; word < 4; ++word) w[i][word] = x[i][word].join();
   }
-  w[0] = x0.join();
-  w[1] = x1.join();
-  w[2] = x2.join();
-  w[3] = x3.join();
 }
 
-// Words of the columns k, k + 1, .. in the lanes, for one call after the other. Of the first two rounds, what depends on k is
-// done once here, what depends on the call is done on scalars, and only two exclusive ors a call meet both.
+// Words of the columns k, k + 1, .. in the lanes, for any of a few calls. In the first three rounds call and column meet only in
+// four exclusive ors: CallPart holds what depends on the call and is done once for all columns, on scalars; ColumnWords what
+// depends on the columns and is done once for all calls.
+struct CallPart {
+  uint32_t x0, x1, x2;  // what enters round 1 by x0 and x2, and round 2 by x1
+
+  FERRET_HD CallPart() = default;
+  FERRET_HD CallPart(const PhiloxKeys& keys, Basis basis, uint64_t t) {
+    const uint32_t tag = kContractTag | static_cast<uint32_t>(basis);
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * static_cast<uint32_t>(t);
+    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * (high_word(p0) ^ tag ^ keys.key1[0]);
+    x0 = high_word(p1) ^ keys.key0[1];
+    x1 = static_cast<uint32_t>(p1) ^ keys.key0[2];
+    x2 = static_cast<uint32_t>(p0) ^ keys.key1[1];
+  }
+};
+
 template <class V>
 class ColumnWords {
  public:
-  FERRET_HD ColumnWords(Stream stream, uint64_t t, uint32_t k)
-      : keys_(stream.seed),
-        tag_(kContractTag | static_cast<uint32_t>(stream.basis)),
-        high_(static_cast<uint32_t>(t >> 32)) {
+  // For calls whose high half is t's.
+  FERRET_HD ColumnWords(const PhiloxKeys& keys, uint64_t t, uint32_t k) : keys_(keys) {
     const auto p1 = Halves<V>::split(V::add(V::set1(k), V::iota())).times(kPhiloxMultiplier1);
-    const auto p0 = p1.high().bit_xor(high_ ^ keys_.key0[0]).times(kPhiloxMultiplier0);
-    x1_ = p1;
+    const auto p0 = p1.high().bit_xor(high_word(t) ^ keys.key0[0]).times(kPhiloxMultiplier0);
+    x0_ = p1;
     x2_ = p0.high();
-    x3_ = p0;
+    x3_ = p0.bit_xor(keys.key1[2]);
   }
-  // t must have the high half of the constructor's.
-  FERRET_HD void call(uint64_t t, typename V::I w[4]) const {
-    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * static_cast<uint32_t>(t);
-    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * (high_word(p0) ^ tag_ ^ keys_.key1[0]);
-    philox_rounds<V>(x1_.bit_xor(high_word(p1) ^ keys_.key0[1]), Halves<V>::all(static_cast<uint32_t>(p1)),
-                     x2_.bit_xor(static_cast<uint32_t>(p0) ^ keys_.key1[1]), x3_, keys_, w);
+  // w[i] = the words of call i.
+  template <int n, class F = Nothing>
+  FERRET_HD void words(const CallPart* calls, typename V::I (&w)[n][4], F beside = F()) const {
+    Halves<V> x[n][4];
+    for (int i = 0; i < n; ++i) {
+      x[i][3] = x0_.bit_xor(calls[i].x0).times(kPhiloxMultiplier0);
+      x[i][1] = x2_.bit_xor(calls[i].x2).times(kPhiloxMultiplier1);
+      x[i][0] = x[i][1].high().bit_xor(calls[i].x1);
+      x[i][2] = x[i][3].high().bit_xor(x3_);
+    }
+    philox_rounds(x, keys_, w, beside);
   }
 
  private:
-  PhiloxKeys keys_;
-  uint32_t tag_, high_;
-  Halves<V> x1_, x2_, x3_;
+  const PhiloxKeys& keys_;
+  Halves<V> x0_, x2_, x3_;
 };
 
-// Words of the calls t, t + 1, .. in the lanes, t a multiple of their number, for one column after the other; the first two
-// rounds as above with calls and columns exchanged.
+// Words of the calls t, t + 1, .. in the lanes, t a multiple of their number, for any of a few columns; the rounds are shared as
+// above with calls and columns exchanged.
+struct ColumnPart {
+  uint32_t x0, x2, x3;
+
+  FERRET_HD ColumnPart() = default;
+  // For calls whose high half is t's.
+  FERRET_HD ColumnPart(const PhiloxKeys& keys, uint64_t t, uint32_t k) {
+    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * k;
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * (high_word(p1) ^ high_word(t) ^ keys.key0[0]);
+    x0 = static_cast<uint32_t>(p1) ^ keys.key0[1];
+    x2 = high_word(p0) ^ keys.key1[1];
+    x3 = static_cast<uint32_t>(p0) ^ keys.key1[2];
+  }
+};
+
 template <class V>
 class CallWords {
  public:
-  FERRET_HD CallWords(Stream stream, uint64_t t) : keys_(stream.seed), high_(static_cast<uint32_t>(t >> 32)) {
-    const uint32_t tag = kContractTag | static_cast<uint32_t>(stream.basis);
+  FERRET_HD CallWords(const PhiloxKeys& keys, Basis basis, uint64_t t) : keys_(keys) {
+    const uint32_t tag = kContractTag | static_cast<uint32_t>(basis);
     const auto p0 = Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota())).times(kPhiloxMultiplier0);
-    const auto p1 = p0.high().bit_xor(tag ^ keys_.key1[0]).times(kPhiloxMultiplier1);
+    const auto p1 = p0.high().bit_xor(tag ^ keys.key1[0]).times(kPhiloxMultiplier1);
     x0_ = p1.high();
-    x1_ = p1;
-    x3_ = p0;
+    x1_ = p1.bit_xor(keys.key0[2]);
+    x2_ = p0;
   }
-  FERRET_HD void column(uint32_t k, typename V::I w[4]) const {
-    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * k;
-    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * (high_word(p1) ^ high_ ^ keys_.key0[0]);
-    philox_rounds<V>(x0_.bit_xor(static_cast<uint32_t>(p1) ^ keys_.key0[1]), x1_,
-                     x3_.bit_xor(high_word(p0) ^ keys_.key1[1]), Halves<V>::all(static_cast<uint32_t>(p0)), keys_, w);
+  // w[i] = the words of column i.
+  template <int n, class F = Nothing>
+  FERRET_HD void words(const ColumnPart* columns, typename V::I (&w)[n][4], F beside = F()) const {
+    Halves<V> x[n][4];
+    for (int i = 0; i < n; ++i) {
+      x[i][3] = x0_.bit_xor(columns[i].x0).times(kPhiloxMultiplier0);
+      x[i][1] = x2_.bit_xor(columns[i].x2).times(kPhiloxMultiplier1);
+      x[i][0] = x[i][1].high().bit_xor(x1_);
+      x[i][2] = x[i][3].high().bit_xor(columns[i].x3);
+    }
+    philox_rounds(x, keys_, w, beside);
   }
 
  private:
-  PhiloxKeys keys_;
-  uint32_t high_;
-  Halves<V> x0_, x1_, x3_;
+  const PhiloxKeys& keys_;
+  Halves<V> x0_, x1_, x2_;
 };
 
 // box_muller of core/stream.h over the lanes, operation by operation.
