@@ -9,6 +9,9 @@ enum class Dtype : int32_t { float32, bfloat16, float16, float64 };
 
 FERRET_HD constexpr int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
+FERRET_HD constexpr Dtype dtype_of(float) { return Dtype::float32; }
+FERRET_HD constexpr Dtype dtype_of(double) { return Dtype::float64; }
+
 struct bfloat16_t {
   uint16_t bits;
 };

@@ -53,6 +53,16 @@ struct Avx2 {
   FERRET_HD static I odd_to_even(I a) { return _mm256_srli_epi64(a, 32); }
   FERRET_HD static I interleave(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
+  FERRET_HD static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+  FERRET_HD static uint32_t reduce_max(I a) {
+    uint32_t lane[8], result = 0;
+    store(lane, a);
+    for (const uint32_t x : lane) result = result < x ? x : result;
+    return result;
+  }
+
+  static constexpr bool has_masks = false;
+
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
 
@@ -79,6 +89,7 @@ struct Avx2 {
   }
 
   FERRET_HD static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  FERRET_HD static I round(F x) { return _mm256_cvtps_epi32(x); }  // half to even
   FERRET_HD static I as_int(F x) { return _mm256_castps_si256(x); }
   FERRET_HD static F as_float(I x) { return _mm256_castsi256_ps(x); }
   FERRET_HD static F set1(float x) { return _mm256_set1_ps(x); }

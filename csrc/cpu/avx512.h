@@ -53,6 +53,14 @@ struct Avx512 {
   FERRET_HD static I odd_to_even(I a) { return _mm512_srli_epi64(a, 32); }
   FERRET_HD static I interleave(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); }
 
+  FERRET_HD static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  FERRET_HD static uint32_t reduce_max(I a) { return _mm512_reduce_max_epu32(a); }
+  FERRET_HD static uint32_t reduce_add(I a) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(a)); }
+
+  static constexpr bool has_masks = true;
+  // a + b in the lanes whose bit is set, a elsewhere.
+  FERRET_HD static I add_where(I a, uint16_t bits, I b) { return _mm512_mask_add_epi32(a, _cvtu32_mask16(bits), a, b); }
+
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
 
@@ -74,6 +82,7 @@ struct Avx512 {
   }
 
   FERRET_HD static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  FERRET_HD static I round(F x) { return _mm512_cvtps_epi32(x); }  // half to even
   FERRET_HD static I as_int(F x) { return _mm512_castps_si512(x); }
   FERRET_HD static F as_float(I x) { return _mm512_castsi512_ps(x); }
   FERRET_HD static F set1(float x) { return _mm512_set1_ps(x); }

@@ -58,7 +58,7 @@ enum class TileState { zero, finite, not_finite };
 
 template <class Real>
 struct TileIntegers {
-  int32_t q[Working<Real>::limbs][kTile];
+  alignas(64) int32_t q[Working<Real>::limbs][kTile];
   double unit;  // 2^(n - 22): an element is (q + q' 2^-22) * unit
 };
 
@@ -96,7 +96,7 @@ TileState to_integers(const Real* x, TileIntegers<Real>& tile) {
 
 // Step 2 of project, after the exact sums: values[limb][k] -> sums[k].
 template <class Real>
-void add_tile_values(const double (*values)[kColumnBatch + kPad], int count, double unit, double* sums) {
+void add_tile_values(const double* const* values, int count, double unit, double* sums) {
   for (int k = 0; k < count; ++k) {
     double value = values[0][k];
     if constexpr (Working<Real>::limbs == 2) value += values[1][k] * 0x1p-22;

@@ -6,20 +6,40 @@
 
 namespace ferret::cpu {
 
+inline constexpr int kRun = 4;            // tiles that are done together
 inline constexpr int kColumnBatch = 512;  // columns that share one set of look-up tables of a tile
 inline constexpr int kSpan = 2048;        // elements that share one pass over the coordinates
 inline constexpr int kPad = 16;           // buffers over columns are readable and writable up to a multiple of it
 
-// One tile of the working precision against columns [first, first + count).
+// Memory to be read soon. Arithmetic comes in long stretches without a load, so memory would idle, and its latency add to them, were
+// it not asked for in between.
+struct Ahead {
+  const char* from[2];
+  int lines[2];
+
+  // What lies a run behind n elements that are being read.
+  FERRET_HD void look(int i, const char* at, Dtype dtype, int64_t n) {
+    from[i] = at + kRun * kTile * size_of(dtype);
+    lines[i] = static_cast<int>(n * size_of(dtype) / 64);
+  }
+  FERRET_HD void prefetch(int line) const {
+    for (int i = 0; i < 2; ++i) {
+      if (line < lines[i]) __builtin_prefetch(from[i] + 64 * line);
+    }
+  }
+};
+
+// A run of tiles of the working precision against the columns [first, first + count).
 template <class Real>
-struct TileProduct {
-  const Real* x;   // [kTile], zero outside the block
-  uint64_t tile;   // stream index / kTile
-  int begin, end;  // the part of the tile that may be nonzero
+struct RunProduct {
+  const Real* x[kRun];  // [kTile] each, or null for zeros; zero outside the block
+  Ahead ahead[kRun];
+  uint64_t tile;   // stream index / kTile of the first, a multiple of kRun
+  int begin, end;  // the part of the run that may be nonzero
   Stream stream;
   uint32_t first;
   int count;     // <= kColumnBatch
-  double* sums;  // [count]; receives += the tile's value of each column
+  double* sums;  // [count]; receives += each tile's value of each column, tile by tile
 };
 
 // One group of 64 columns as integers: g ~ (c[0] + c[1] * 2^-23) * scale, in units of the block's power of two.
@@ -44,7 +64,7 @@ template <class Real>
 struct RealKernels {
   void (*widen)(const void* from, Dtype dtype, int64_t n, Real* to);
   void (*subtract)(const void* from, Dtype dtype, int64_t n, Real* inout);  // inout = from - inout
-  void (*project_tile)(const TileProduct<Real>&);
+  void (*project_run)(const RunProduct<Real>&);
   void (*sum_columns)(const SpanSum<Real>&);
   void (*accumulate)(const Real* sums, int64_t n, Real weight, Real* total);  // total = fma(sums, weight, total)
   void (*to_element_order)(Basis basis, Real* sums);                          // [kSpan]

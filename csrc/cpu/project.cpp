@@ -16,29 +16,48 @@ struct BlockProduct {
   BlockPieces pieces;
   Range elements;
 
-  // x = the tile in the working precision, zero outside the pieces; returns the part that is covered, relative to the tile.
-  Range load(uint64_t tile, Real* x) const {
-    const uint64_t start = tile * kTile;
-    Range covered = {kTile, 0};
-    std::fill(x, x + kTile, Real(0));
-    for_each_overlap(pieces, {start, start + kTile}, [&](const Piece& piece, uint64_t first, uint64_t last) {
-      Real* to = x + (first - start);
+  // The tile in the working precision: where it lies, if it lies there as a whole, else in `buffer` with zeros outside the pieces;
+  // null if no piece touches it. `covered` grows by the elements covered.
+  const Real* load(uint64_t tile, Real* buffer, Range& covered, Ahead& ahead) const {
+    const Range range = {tile * kTile, (tile + 1) * kTile};
+    const Real* result = nullptr;
+    for_each_overlap(pieces, range, [&](const Piece& piece, uint64_t first, uint64_t last) {
+      covered = {std::min(covered.begin, first), std::max(covered.end, last)};
+      const TensorRef& tensor = job.now[piece.tensor];
+      const char* from = element_of(job.now, piece, first);
       const auto n = static_cast<int64_t>(last - first);
-      kernels.widen(element_of(job.now, piece, first), job.now[piece.tensor].dtype, n, to);
-      if (job.before != nullptr) {
-        kernels.subtract(element_of(job.before, piece, first), job.before[piece.tensor].dtype, n, to);
+      ahead.look(0, from, tensor.dtype, n);
+      if (n == kTile && job.before == nullptr && tensor.dtype == dtype_of(Real())) {
+        result = reinterpret_cast<const Real*>(from);
+        return;
       }
-      covered = {std::min(covered.begin, first - start), std::max(covered.end, last - start)};
+      if (result == nullptr && n < kTile) std::fill(buffer, buffer + kTile, Real(0));
+      Real* to = buffer + (first - range.begin);
+      kernels.widen(from, tensor.dtype, n, to);
+      if (job.before != nullptr) {
+        const char* before = element_of(job.before, piece, first);
+        const Dtype dtype = job.before[piece.tensor].dtype;
+        ahead.look(1, before, dtype, n);
+        kernels.subtract(before, dtype, n, to);
+      }
+      result = buffer;
     });
-    return covered;
+    return result;
   }
 
-  void add_tile(uint64_t tile, uint32_t first, int count, double* sums) const {
-    alignas(64) Real x[kTile];
-    const Range covered = load(tile, x);
+  // The tiles of a run that lie in `tiles`.
+  void add_run(uint64_t run, Range tiles, uint32_t first, int count, double* sums) const {
+    alignas(64) Real buffers[kRun][kTile];
+    RunProduct<Real> product = {{}, {}, run * kRun, 0, 0, job.stream, first, count, sums};
+    Range covered = {~uint64_t{0}, 0};
+    for (int i = 0; i < kRun; ++i) {
+      const uint64_t tile = run * kRun + i;
+      if (tiles.begin <= tile && tile < tiles.end) product.x[i] = load(tile, buffers[i], covered, product.ahead[i]);
+    }
     if (covered.begin >= covered.end) return;
-    kernels.project_tile(
-        {x, tile, static_cast<int>(covered.begin), static_cast<int>(covered.end), job.stream, first, count, sums});
+    product.begin = static_cast<int>(covered.begin - run * kRun * kTile);
+    product.end = static_cast<int>(covered.end - run * kRun * kTile);
+    kernels.project_run(product);
   }
 
   // sums[0, count) = the node's value for the columns first, first + 1, ..
@@ -46,14 +65,16 @@ struct BlockProduct {
     std::fill(sums, sums + count, 0.0);
     const Range all = nodes_of(elements, level - 1);
     const Range children = {std::max(all.begin, node * kFoldRadix), std::min(all.end, (node + 1) * kFoldRadix)};
+    if (level == 1) {
+      for (uint64_t run = children.begin / kRun; run * kRun < children.end; ++run) {
+        add_run(run, children, first, count, sums);
+      }
+      return;
+    }
     double child_sums[kColumnBatch + kPad];
     for (uint64_t child = children.begin; child < children.end; ++child) {
-      if (level == 1) {
-        add_tile(child, first, count, sums);
-      } else {
-        sum_node(level - 1, child, first, count, child_sums);
-        for (int k = 0; k < count; ++k) sums[k] += child_sums[k];
-      }
+      sum_node(level - 1, child, first, count, child_sums);
+      for (int k = 0; k < count; ++k) sums[k] += child_sums[k];
     }
   }
 };

@@ -17,19 +17,23 @@ int64_t tile_sum(const int32_t* q, uint64_t tile, int begin, int end, Stream str
 }
 
 template <class Real>
-void project_tile(const TileProduct<Real>& p) {
-  TileIntegers<Real> tile;
-  const TileState state = to_integers(p.x, tile);
-  if (state == TileState::zero) return;
-  if (state == TileState::not_finite) return poison<Real>(p.count, p.sums);
-  double values[Working<Real>::limbs][kColumnBatch + kPad];
-  for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
-    for (int i = 0; i < p.count; ++i) {
-      const uint32_t k = p.first + static_cast<uint32_t>(i);
-      values[limb][i] = static_cast<double>(tile_sum(tile.q[limb], p.tile, p.begin, p.end, p.stream, k));
+void project_run(const RunProduct<Real>& p) {
+  for (int i = 0; i < kRun; ++i) {
+    TileIntegers<Real> tile;
+    const TileState state = p.x[i] == nullptr ? TileState::zero : to_integers(p.x[i], tile);
+    if (state == TileState::not_finite) poison<Real>(p.count, p.sums);
+    if (state != TileState::finite) continue;
+    const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
+    for (int c = 0; c < p.count; ++c) {
+      double value[2];
+      for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+        const uint32_t k = p.first + static_cast<uint32_t>(c);
+        value[limb] = static_cast<double>(tile_sum(tile.q[limb], p.tile + i, begin, end, p.stream, k));
+      }
+      const double* values[] = {&value[0], &value[1]};
+      add_tile_values<Real>(values, 1, tile.unit, p.sums + c);
     }
   }
-  add_tile_values<Real>(values, p.count, tile.unit, p.sums);
 }
 
 // H of one element, steps 3 and 4 of reconstruct: `integers` holds b(j, k) of this element for a group's columns.
@@ -89,7 +93,7 @@ void to_element_order(Basis, Real*) {}
 
 template <class Real>
 constexpr RealKernels<Real> kernels() {
-  return {widen<Real>,      subtract<Real>,         project_tile<Real>, sum_columns<Real>,
+  return {widen<Real>,      subtract<Real>,         project_run<Real>, sum_columns<Real>,
           accumulate<Real>, to_element_order<Real>, scale_add<Real>};
 }
 

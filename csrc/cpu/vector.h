@@ -67,8 +67,9 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   }
   memset(doubled + last_pair * 256, 0, sizeof(int32_t) * kPad);
   for (int word = first_pair * 8; word < last_pair * 8; ++word) {
-    for (int n = 0; n < look_ups; ++n)
+    for (int n = 0; n < look_ups; ++n) {
       V::template store_subset_sums<bits>(tables[word][n], doubled + 32 * word + bits * n);
+    }
   }
   const PhiloxKeys keys(stream.seed);
   CallPart calls[kTile / 128];
@@ -106,6 +107,56 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   }
   for (int word = 0; word < 8; ++word) look_up_words(before, word);
   take_sums(values + (count - 1) / V::lanes * V::lanes);
+}
+
+// For few columns tables do not pay: 16 bits at a time are the mask of an addition of 16 elements. All tiles of a run are done at
+// once, so that its calls fill the lanes. values[tile][i] of the tiles that have a q.
+constexpr int kFewColumns = 12;
+
+template <class V, int columns>
+FERRET_HD void add_where_set(const int32_t* q, const uint16_t (*bits)[4][kRun * 4][2], int tile, const Ahead* ahead,
+                             double* values) {
+  typename V::I set[columns], all = V::set1(0u);
+  for (auto& sum : set) sum = all;
+  for (int call = 0; call < 4; ++call) {
+    for (int m = 0; m < 8; ++m) {
+      if (ahead != nullptr) ahead->prefetch(8 * call + m);
+      const auto x = V::load(q + 128 * call + 16 * m);
+      all = V::add(all, x);
+      for (int c = 0; c < columns; ++c) set[c] = V::add_where(set[c], bits[c][m / 2][4 * tile + call][m % 2], x);
+    }
+  }
+  const uint32_t total = V::reduce_add(all);
+  for (int c = 0; c < columns; ++c) values[c] = static_cast<int32_t>(total - 2 * V::reduce_add(set[c]));
+}
+
+template <class V>
+void rademacher_run_sums(const int32_t* const (&q)[kRun], uint64_t first_tile, Stream stream, uint32_t first, int count,
+                         const Ahead* ahead, double (*values)[kFewColumns]) {
+  using I = typename V::I;
+  static_assert(V::lanes == 4 * kRun && kTile == 4 * 128);
+  const uint64_t t = first_tile * 4;
+  const PhiloxKeys keys(stream.seed);
+  const CallWords<V> calls(keys, stream.basis, V::add(V::set1(static_cast<uint32_t>(t)), V::iota()));
+  alignas(64) uint16_t bits[kFewColumns][4][kRun * 4][2];  // [column][word][call][half of the word]
+  for (int i = 0; i < count; i += 2) {
+    const ColumnPart parts[2] = {{keys, t, first + i}, {keys, t, first + i + 1}};
+    I w[2][4];
+    calls.words(parts, w);
+    for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4], w[word / 4][word % 4]);
+  }
+  for (int tile = 0; tile < kRun; ++tile) {
+    if (q[tile] == nullptr) continue;
+    int i = 0;
+    const auto add = [&](auto columns) {
+      for (; i + columns <= count; i += columns) {
+        add_where_set<V, columns>(q[tile], bits + i, tile, i == 0 ? ahead + tile : nullptr, values[tile] + i);
+      }
+    };
+    add(std::integral_constant<int, 6>());
+    add(std::integral_constant<int, 3>());
+    add(std::integral_constant<int, 1>());
+  }
 }
 
 template <class V>
@@ -175,20 +226,69 @@ void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Str
   }
 }
 
+// to_integers of elementwise.h; what is rare (tiny elements, one that rounds up to 2^22) is left to it.
+template <class V>
+TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
+  using I = typename V::I;
+  I largest = V::set1(0u);
+  const I magnitude = V::set1(0x7FFFFFFFu);
+  for (int i = 0; i < kTile; i += V::lanes) largest = V::max_unsigned(largest, V::bit_and(V::load(x + i), magnitude));
+  const float bound = bits_to_float(V::reduce_max(largest));
+  if (bound == 0) return TileState::zero;
+  if (!(bound - bound == 0)) return TileState::not_finite;
+  const int n = exponent_of(bound);
+  if (kDeltaBits - n > 127) return to_integers(x, tile);
+  const float scale = power_of_two(kDeltaBits - n, float());
+  if (round_to_int(bound * scale) == 1 << kDeltaBits) return to_integers(x, tile);
+  for (int i = 0; i < kTile; i += V::lanes) {
+    V::store(tile.q[0] + i, V::round(V::multiply(V::as_float(V::load(x + i)), V::set1(scale))));
+  }
+  tile.unit = power_of_two(n - kDeltaBits, double());
+  return TileState::finite;
+}
+template <class V>
+TileState to_integers_of(const double* x, TileIntegers<double>& tile) {
+  return to_integers(x, tile);
+}
+
 template <class V, class Real>
-void project_tile(const TileProduct<Real>& p) {
-  TileIntegers<Real> tile;
-  const TileState state = to_integers(p.x, tile);
-  if (state == TileState::zero) return;
-  if (state == TileState::not_finite) return poison<Real>(p.count, p.sums);
-  alignas(64) double values[Working<Real>::limbs][kColumnBatch + kPad];
+void project_run(const RunProduct<Real>& p) {
+  constexpr int limbs = Working<Real>::limbs;
+  TileIntegers<Real> tiles[kRun];
+  TileState states[kRun];
+  for (int i = 0; i < kRun; ++i) states[i] = p.x[i] == nullptr ? TileState::zero : to_integers_of<V>(p.x[i], tiles[i]);
+
+  const auto add = [&](int i, const auto& sums_of_limb) {
+    if (states[i] == TileState::not_finite) poison<Real>(p.count, p.sums);
+    if (states[i] != TileState::finite) return;
+    const double* values[limbs];
+    for (int limb = 0; limb < limbs; ++limb) values[limb] = sums_of_limb(limb);
+    add_tile_values<Real>(values, p.count, tiles[i].unit, p.sums);
+  };
+  if constexpr (V::has_masks) {
+    if (p.stream.basis == Basis::rademacher && p.count <= kFewColumns) {
+      double values[limbs][kRun][kFewColumns];
+      for (int limb = 0; limb < limbs; ++limb) {
+        const int32_t* q[kRun];
+        for (int i = 0; i < kRun; ++i) q[i] = states[i] == TileState::finite ? tiles[i].q[limb] : nullptr;
+        rademacher_run_sums<V>(q, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
+      }
+      for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
+      return;
+    }
+  }
   const auto tile_sums = p.stream.basis == Basis::rademacher ? rademacher_tile_sums<V>
                          : p.stream.basis == Basis::uniform  ? uniform_tile_sums<V>
                                                              : gaussian_tile_sums<V>;
-  for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
-    tile_sums(tile.q[limb], p.tile, p.begin, p.end, p.stream, p.first, p.count, values[limb]);
+  alignas(64) double values[limbs][kColumnBatch + kPad];
+  for (int i = 0; i < kRun; ++i) {
+    const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
+    for (int line = 0; line < kTile * 4 / 64; ++line) p.ahead[i].prefetch(line);
+    add(i, [&](int limb) {
+      tile_sums(tiles[i].q[limb], p.tile + i, begin, end, p.stream, p.first, p.count, values[limb]);
+      return values[limb];
+    });
   }
-  add_tile_values<Real>(values, p.count, tile.unit, p.sums);
 }
 
 // ---- reconstruct: H of the elements of `lanes` consecutive calls, as h[place in the call][lane] ----
@@ -383,6 +483,7 @@ class GaussianGroup {
 // The sums of a fold of 64 groups are closed before the next one opens; a single fold needs no second array.
 template <class V, class Real, template <class, class> class BasisGroup>
 void sum_columns_of(const SpanSum<Real>& s) {
+  using I = typename V::I;
   const int e = elements_per_call(s.stream.basis), step = e * V::lanes;
   const uint64_t first_call = s.span * kSpan / e;
   const int first_step = s.begin / step * step;
@@ -397,8 +498,9 @@ void sum_columns_of(const SpanSum<Real>& s) {
     }
     const BasisGroup<V, Real> group(s.groups[g], columns);
     for (int begin = first_step; begin < s.end; begin += step) {
-      group.add(CallWords<V>(keys, s.stream.basis, first_call + static_cast<uint64_t>(begin / e)), parts,
-                g % kFoldRadix == 0, reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
+      const I calls = V::add(V::set1(static_cast<uint32_t>(first_call) + static_cast<uint32_t>(begin / e)), V::iota());
+      group.add(CallWords<V>(keys, s.stream.basis, calls), parts, g % kFoldRadix == 0,
+                reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
     }
     const bool closes = g % kFoldRadix == kFoldRadix - 1 || g == groups - 1;
     if (closes && groups > kFoldRadix) {
@@ -437,7 +539,7 @@ void to_element_order(Basis basis, Real* sums) {
 
 template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
-  return {widen<Real>,          subtract<Real>,   project_tile<V, Real>,
+  return {widen<Real>,          subtract<Real>,   project_run<V, Real>,
           sum_columns<V, Real>, accumulate<Real>, to_element_order<V, Real>,
           scale_add<Real>};
 }

@@ -126,8 +126,7 @@ class ColumnWords {
   Halves<V> x0_, x2_, x3_;
 };
 
-// Words of the calls t, t + 1, .. in the lanes, t a multiple of their number, for any of a few columns; the rounds are shared as
-// above with calls and columns exchanged.
+// Words of calls in the lanes, for any of a few columns; the rounds are shared as above with calls and columns exchanged.
 struct ColumnPart {
   uint32_t x0, x2, x3;
 
@@ -142,20 +141,35 @@ struct ColumnPart {
   }
 };
 
+// A ColumnPart with columns in the lanes too.
+template <class V>
+struct ColumnLanes {
+  Halves<V> x0, x2, x3;
+
+  FERRET_HD ColumnLanes(const PhiloxKeys& keys, uint64_t t, typename V::I k) {
+    const auto p1 = Halves<V>::split(k).times(kPhiloxMultiplier1);
+    const auto p0 = p1.high().bit_xor(high_word(t) ^ keys.key0[0]).times(kPhiloxMultiplier0);
+    x0 = p1.bit_xor(keys.key0[1]);
+    x2 = p0.high().bit_xor(keys.key1[1]);
+    x3 = p0.bit_xor(keys.key1[2]);
+  }
+};
+
 template <class V>
 class CallWords {
  public:
-  FERRET_HD CallWords(const PhiloxKeys& keys, Basis basis, uint64_t t) : keys_(keys) {
+  // Of calls whose low halves are t.
+  FERRET_HD CallWords(const PhiloxKeys& keys, Basis basis, typename V::I t) : keys_(keys) {
     const uint32_t tag = kContractTag | static_cast<uint32_t>(basis);
-    const auto p0 = Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota())).times(kPhiloxMultiplier0);
+    const auto p0 = Halves<V>::split(t).times(kPhiloxMultiplier0);
     const auto p1 = p0.high().bit_xor(tag ^ keys.key1[0]).times(kPhiloxMultiplier1);
     x0_ = p1.high();
     x1_ = p1.bit_xor(keys.key0[2]);
     x2_ = p0;
   }
   // w[i] = the words of column i.
-  template <int n, class F = Nothing>
-  FERRET_HD void words(const ColumnPart* columns, typename V::I (&w)[n][4], F beside = F()) const {
+  template <int n, class Part>
+  FERRET_HD void words(const Part* columns, typename V::I (&w)[n][4]) const {
     Halves<V> x[n][4];
     for (int i = 0; i < n; ++i) {
       x[i][3] = x0_.bit_xor(columns[i].x0).times(kPhiloxMultiplier0);
@@ -163,7 +177,7 @@ class CallWords {
       x[i][0] = x[i][1].high().bit_xor(x1_);
       x[i][2] = x[i][3].high().bit_xor(columns[i].x3);
     }
-    philox_rounds(x, keys_, w, beside);
+    philox_rounds(x, keys_, w, Nothing());
   }
 
  private:
