@@ -89,6 +89,9 @@ struct Avx2 {
   }
 
   FERRET_HD static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  // Where x is negative a, else b; a with its sign flipped where x is negative.
+  FERRET_HD static F select_negative(I x, F a, F b) { return _mm256_blendv_ps(b, a, as_float(x)); }
+  FERRET_HD static F flip_sign(F a, I x) { return as_float(bit_xor(as_int(a), bit_and(x, set1(0x80000000u)))); }
   FERRET_HD static I round(F x) { return _mm256_cvtps_epi32(x); }  // half to even
   FERRET_HD static I as_int(F x) { return _mm256_castps_si256(x); }
   FERRET_HD static F as_float(I x) { return _mm256_castsi256_ps(x); }

@@ -82,6 +82,11 @@ struct Avx512 {
   }
 
   FERRET_HD static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  // Where x is negative a, else b; a with its sign flipped where x is negative.
+  FERRET_HD static F select_negative(I x, F a, F b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(x), b, a); }
+  FERRET_HD static F flip_sign(F a, I x) {
+    return as_float(_mm512_ternarylogic_epi32(as_int(a), x, set1(0x80000000u), 0x78));  // a ^ (x & sign)
+  }
   FERRET_HD static I round(F x) { return _mm512_cvtps_epi32(x); }  // half to even
   FERRET_HD static I as_int(F x) { return _mm512_castps_si512(x); }
   FERRET_HD static F as_float(I x) { return _mm512_castsi512_ps(x); }

@@ -214,13 +214,10 @@ void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Str
     WideSum<V> sum;
     sum.clear();
     for (int call = first_call; call < last_call; call += 2) {
-      I w[2][4];
+      I w[2][4], b[8];
       columns.words(calls + call, w);
-      for (int e = 0; e < 8; e += 2) {
-        I b[2];
-        box_muller<V>(w[e / 4][e % 4], w[e / 4][e % 4 + 1], b[0], b[1]);
-        for (int n = 0; n < 2; ++n) sum.add_product(b[n], V::set1(static_cast<uint32_t>(q[4 * call + e + n])));
-      }
+      for (int i = 0; i < 2; ++i) box_muller<V, 2>(w[i], b + 4 * i);
+      for (int e = 0; e < 8; ++e) sum.add_product(b[e], V::set1(static_cast<uint32_t>(q[4 * call + e])));
     }
     sum.store(values + i);
   }
@@ -460,8 +457,7 @@ class GaussianGroup {
       calls.words(columns + k, w);
       for (int i = 0; i < 2; ++i) {
         I b[4];
-        box_muller<V>(w[i][0], w[i][1], b[0], b[1]);
-        box_muller<V>(w[i][2], w[i][3], b[2], b[3]);
+        box_muller<V, 2>(w[i], b);
         for (int limb = 0; limb < limbs; ++limb) {
           const I factor = V::set1(static_cast<uint32_t>(group_.c[limb][k + i]));
           for (int e = 0; e < 4; ++e) sums[limb][e].add_product(b[e], factor);

@@ -185,45 +185,53 @@ class CallWords {
   Halves<V> x0_, x1_, x2_;
 };
 
-// box_muller of core/stream.h over the lanes, operation by operation.
-template <class V>
-FERRET_HD void box_muller(typename V::I word0, typename V::I word1, typename V::I& first, typename V::I& second) {
+// box_muller of core/stream.h over the lanes of n pairs of words, operation by operation, side by side because it is one long chain.
+// The factor 2^16 goes to the radius, and quarter turns and signs to sine and cosine, which changes no rounding.
+// b[2i], b[2i + 1] = the deviates of words[2i], words[2i + 1].
+template <class V, int n>
+FERRET_HD void box_muller(const typename V::I* words, typename V::I* b) {
   using I = typename V::I;
   using F = typename V::F;
-  const F x = V::to_float(V::bit_or(V::template shift_right<1>(word0), V::set1(1u)));
-  const I bits = V::as_int(x);
-  const I exponent = V::template shift_right_signed<23>(V::sub(bits, V::set1(BoxMuller::kSqrtHalf)));
-  const F f = V::sub(V::as_float(V::sub(bits, V::template shift_left<23>(exponent))), V::set1(1.0f));
-  F p = V::fused(V::set1(BoxMuller::kLog6), f, V::set1(BoxMuller::kLog5));
-  p = V::fused(p, f, V::set1(BoxMuller::kLog4));
-  p = V::fused(p, f, V::set1(BoxMuller::kLog3));
-  p = V::fused(p, f, V::set1(BoxMuller::kLog2));
-  p = V::fused(p, f, V::set1(BoxMuller::kLog1));
-  p = V::fused(p, f, V::set1(BoxMuller::kLog0));
-  const F log_m = V::fused(V::multiply(f, f), V::fused(f, p, V::set1(-0.5f)), f);
-  const F radius = V::square_root(V::fused(V::to_float(V::sub(V::set1(31u), exponent)), V::set1(BoxMuller::kTwoLn2),
-                                           V::multiply(V::set1(-2.0f), log_m)));
-
-  const F angle = V::multiply(V::to_float(V::template shift_left<2>(word1)), V::set1(BoxMuller::kAngle));
-  const F a2 = V::multiply(angle, angle);
-  F s = V::fused(V::set1(BoxMuller::kSin2), a2, V::set1(BoxMuller::kSin1));
-  s = V::fused(s, a2, V::set1(BoxMuller::kSin0));
-  s = V::fused(V::multiply(s, a2), angle, angle);
-  F c = V::fused(V::set1(BoxMuller::kCos2), a2, V::set1(BoxMuller::kCos1));
-  c = V::fused(c, a2, V::set1(BoxMuller::kCos0));
-  c = V::fused(c, a2, V::set1(1.0f));
-
-  const auto rounded = [](F value) {
-    const F shifted = V::add(V::multiply(value, V::set1(65536.0f)), V::set1(12582912.0f));
-    return V::sub(V::as_int(shifted), V::set1(0x4B400000u));
-  };
-  const I rs = rounded(V::multiply(radius, s)), rc = rounded(V::multiply(radius, c));
-  const I odd = V::template shift_right_signed<31>(V::template shift_left<1>(word1));  // quarter turns 1 and 3
-  const I half = V::template shift_right_signed<31>(word1);                            // quarter turns 2 and 3
-  const I swap = V::bit_and(V::bit_xor(rc, rs), odd);
-  const I sign = V::bit_xor(odd, half);
-  first = V::sub(V::bit_xor(rc, swap, sign), sign);
-  second = V::sub(V::bit_xor(rs, swap, half), half);
+  const auto each = [](auto f) FERRET_INLINE { unroll(Count<n>(), f); };
+  I exponent[n];
+  F f[n], p[n], radius[n], angle[n], a2[n], s[n], c[n];
+  each([&](auto i) FERRET_INLINE {
+    const I bits = V::as_int(V::to_float(V::bit_or(V::template shift_right<1>(words[2 * i]), V::set1(1u))));
+    exponent[i] = V::template shift_right_signed<23>(V::sub(bits, V::set1(BoxMuller::kSqrtHalf)));
+    f[i] = V::sub(V::as_float(V::sub(bits, V::template shift_left<23>(exponent[i]))), V::set1(1.0f));
+    p[i] = V::set1(BoxMuller::kLog6);
+    angle[i] = V::multiply(V::to_float(V::template shift_left<2>(words[2 * i + 1])), V::set1(BoxMuller::kAngle));
+    a2[i] = V::multiply(angle[i], angle[i]);
+    s[i] = V::set1(BoxMuller::kSin2);
+    c[i] = V::set1(BoxMuller::kCos2);
+  });
+  for (const float log : {BoxMuller::kLog5, BoxMuller::kLog4, BoxMuller::kLog3, BoxMuller::kLog2, BoxMuller::kLog1,
+                          BoxMuller::kLog0, -0.5f}) {
+    each([&](auto i) FERRET_INLINE { p[i] = V::fused(p[i], f[i], V::set1(log)); });
+  }
+  each([&](auto i) FERRET_INLINE {
+    const F log_m = V::fused(V::multiply(f[i], f[i]), p[i], f[i]);
+    const F square = V::fused(V::to_float(V::sub(V::set1(31u), exponent[i])), V::set1(BoxMuller::kTwoLn2),
+                              V::multiply(V::set1(-2.0f), log_m));
+    radius[i] = V::multiply(V::square_root(square), V::set1(65536.0f));
+  });
+  each([&](auto i) FERRET_INLINE {
+    s[i] = V::fused(s[i], a2[i], V::set1(BoxMuller::kSin1));
+    c[i] = V::fused(c[i], a2[i], V::set1(BoxMuller::kCos1));
+  });
+  each([&](auto i) FERRET_INLINE {
+    s[i] = V::fused(s[i], a2[i], V::set1(BoxMuller::kSin0));
+    c[i] = V::fused(c[i], a2[i], V::set1(BoxMuller::kCos0));
+  });
+  each([&](auto i) FERRET_INLINE {
+    s[i] = V::fused(V::multiply(s[i], a2[i]), angle[i], angle[i]);
+    c[i] = V::fused(c[i], a2[i], V::set1(1.0f));
+    const I word = words[2 * i + 1], odd = V::template shift_left<1>(word);  // signs: quarter turns 2 and 3, 1 and 3
+    const F first = V::flip_sign(V::select_negative(odd, s[i], c[i]), V::bit_xor(word, odd));
+    const F second = V::flip_sign(V::select_negative(odd, c[i], s[i]), word);
+    b[2 * i] = V::round(V::multiply(radius[i], first));
+    b[2 * i + 1] = V::round(V::multiply(radius[i], second));
+  });
 }
 
 }  // namespace
