@@ -50,6 +50,29 @@ FERRET_HD double uniform_sum(int32_t high, int32_t low, int64_t factors) {
 
 // ---- project: values[i] = sum over the tile of q_j b(j, first + i) ----
 
+template <int elements>  // a call
+struct TileCalls {
+  Call<One> call[kTile / elements];
+  FERRET_HD const Call<One>& operator[](int i) const { return call[i]; }
+};
+template <int elements>
+FERRET_HD TileCalls<elements> calls_of_tile(const PhiloxKeys& keys, Basis basis, uint64_t tile) {
+  TileCalls<elements> calls;
+  for (int i = 0; i < kTile / elements; ++i) calls.call[i] = {keys, basis, One{tile * (kTile / elements) + i}};
+  return calls;
+}
+
+// The columns k, k + 1, .. in the lanes.
+template <class V>
+FERRET_HD Column<Halves<V>> columns_of(const PhiloxKeys& keys, uint64_t t, uint32_t k) {
+  return {keys, t, Halves<V>::split(V::add(V::set1(k), V::iota()))};
+}
+// The calls t, t + 1, .. in the lanes; t is a multiple of their number.
+template <class V>
+FERRET_HD Call<Halves<V>> calls_of(const PhiloxKeys& keys, Basis basis, uint64_t t) {
+  return {keys, basis, Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota()))};
+}
+
 // Of two calls at a time: while Philox works on a pair, the words of the pair before are looked up.
 template <class V>
 void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
@@ -72,8 +95,7 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
     }
   }
   const PhiloxKeys keys(stream.seed);
-  CallPart calls[kTile / 128];
-  for (int i = 0; i < kTile / 128; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 128) + i);
+  const auto calls = calls_of_tile<128>(keys, stream.basis, tile);
 
   I sums[2] = {V::set1(total), V::set1(0u)};
   const auto look_up_words = [&](int pair, int word) FERRET_INLINE {
@@ -92,13 +114,14 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   };
   int before = -1;  // the pair whose words are there
   for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(keys, tile * (kTile / 128), first + static_cast<uint32_t>(i));
+    const auto columns = columns_of<V>(keys, tile * (kTile / 128), first + static_cast<uint32_t>(i));
     for (int pair = first_pair; pair < last_pair; ++pair) {
       I w[2][4];
       if (before < 0) {
-        columns.words(calls + 2 * pair, w);
+        philox_pair<V>(keys, calls[2 * pair], columns, calls[2 * pair + 1], columns, w);
       } else {
-        columns.words(calls + 2 * pair, w, [&](int word) FERRET_INLINE { look_up_words(before, word); });
+        philox_pair<V>(keys, calls[2 * pair], columns, calls[2 * pair + 1], columns, w,
+                       [&](int word) FERRET_INLINE { look_up_words(before, word); });
         if (pair == first_pair) take_sums(values + i - V::lanes);
       }
       for (int word = 0; word < 8; ++word) V::store(words[word], w[word / 4][word % 4]);
@@ -111,7 +134,7 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
 
 // For few columns tables do not pay: 16 bits at a time are the mask of an addition of 16 elements. All tiles of a run are done at
 // once, so that its calls fill the lanes. values[tile][i] of the tiles that have a q.
-constexpr int kFewColumns = 12;
+constexpr int kFewColumns = 16;
 
 template <class V, int columns>
 FERRET_HD void add_where_set(const int32_t* q, const uint16_t (*bits)[4][kRun * 4][2], int tile, const Ahead* ahead,
@@ -137,12 +160,12 @@ void rademacher_run_sums(const int32_t* const (&q)[kRun], uint64_t first_tile, S
   static_assert(V::lanes == 4 * kRun && kTile == 4 * 128);
   const uint64_t t = first_tile * 4;
   const PhiloxKeys keys(stream.seed);
-  const CallWords<V> calls(keys, stream.basis, V::add(V::set1(static_cast<uint32_t>(t)), V::iota()));
+  const auto calls = calls_of<V>(keys, stream.basis, t);
   alignas(64) uint16_t bits[kFewColumns][4][kRun * 4][2];  // [column][word][call][half of the word]
   for (int i = 0; i < count; i += 2) {
-    const ColumnPart parts[2] = {{keys, t, first + i}, {keys, t, first + i + 1}};
+    const Column<One> column0 = {keys, t, One{first + i}}, column1 = {keys, t, One{first + i + 1}};
     I w[2][4];
-    calls.words(parts, w);
+    philox_pair<V>(keys, calls, column0, calls, column1, w);
     for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4], w[word / 4][word % 4]);
   }
   for (int tile = 0; tile < kRun; ++tile) {
@@ -175,15 +198,14 @@ void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stre
     }
   }
   const PhiloxKeys keys(stream.seed);
-  CallPart calls[kTile / 16];
-  for (int i = 0; i < kTile / 16; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 16) + i);
+  const auto calls = calls_of_tile<16>(keys, stream.basis, tile);
   const I even_bytes = V::set1(0x00FF00FFu);
   for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(keys, tile * (kTile / 16), first + static_cast<uint32_t>(i));
+    const auto columns = columns_of<V>(keys, tile * (kTile / 16), first + static_cast<uint32_t>(i));
     I high = V::set1(0u), low = V::set1(0u);
     for (int call = first_call; call < last_call; call += 2) {
       I w[2][4];
-      columns.words(calls + call, w);
+      philox_pair<V>(keys, calls[call], columns, calls[call + 1], columns, w);
       for (int word = 0; word < 8; ++word) {
         const auto& pair = pairs[call * 4 + word];
         const I x = w[word / 4][word % 4];
@@ -207,15 +229,14 @@ void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Str
   using I = typename V::I;
   const int first_call = begin / 8 * 2, last_call = (end + 7) / 8 * 2;
   const PhiloxKeys keys(stream.seed);
-  CallPart calls[kTile / 4];
-  for (int i = 0; i < kTile / 4; ++i) calls[i] = CallPart(keys, stream.basis, tile * (kTile / 4) + i);
+  const auto calls = calls_of_tile<4>(keys, stream.basis, tile);
   for (int i = 0; i < count; i += V::lanes) {
-    const ColumnWords<V> columns(keys, tile * (kTile / 4), first + static_cast<uint32_t>(i));
+    const auto columns = columns_of<V>(keys, tile * (kTile / 4), first + static_cast<uint32_t>(i));
     WideSum<V> sum;
     sum.clear();
     for (int call = first_call; call < last_call; call += 2) {
       I w[2][4], b[8];
-      columns.words(calls + call, w);
+      philox_pair<V>(keys, calls[call], columns, calls[call + 1], columns, w);
       for (int i = 0; i < 2; ++i) box_muller<V, 2>(w[i], b + 4 * i);
       for (int e = 0; e < 8; ++e) sum.add_product(b[e], V::set1(static_cast<uint32_t>(q[4 * call + e])));
     }
@@ -332,11 +353,14 @@ class RademacherGroup {
     }
   }
 
-  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
     alignas(64) int32_t nibbles[16][kGroup / 4][V::lanes];  // [word * 4 + row][quad]
     for (int quad = 0; quad < quads_; ++quad) {
       I w[2][2][4];  // [pair of columns][column][word]
-      for (int pair = 0; pair < 2; ++pair) calls.words(columns + 4 * quad + 2 * pair, w[pair]);
+      for (int pair = 0; pair < 2; ++pair) {
+        const Column<One>* column = columns + 4 * quad + 2 * pair;
+        philox_pair<V>(keys, calls, column[0], calls, column[1], w[pair]);
+      }
       for (int word = 0; word < 4; ++word) {
         I rows[4] = {w[0][0][word], w[0][1][word], w[1][0][word], w[1][1][word]};
         transpose_nibbles<V>(rows);
@@ -395,11 +419,11 @@ class UniformGroup {
     }
   }
 
-  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
     alignas(64) int32_t words[4][kGroup][V::lanes];
     for (int k = 0; k < 2 * pairs_; k += 2) {
       I w[2][4];
-      calls.words(columns + k, w);
+      philox_pair<V>(keys, calls, columns[k], calls, columns[k + 1], w);
       for (int word = 0; word < 8; ++word) V::store(words[word % 4][k + word / 4], w[word / 4][word % 4]);
     }
     const I byte = V::set1(255u);
@@ -447,14 +471,14 @@ class GaussianGroup {
  public:
   GaussianGroup(const Group<Real>& group, int columns) : group_(group), columns_(columns) {}
 
-  void add(const CallWords<V>& calls, const ColumnPart* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
     WideSum<V> sums[limbs][4];
     for (auto& limb : sums) {
       for (auto& sum : limb) sum.clear();
     }
     for (int k = 0; k < columns_; k += 2) {
       I w[2][4];
-      calls.words(columns + k, w);
+      philox_pair<V>(keys, calls, columns[k], calls, columns[k + 1], w);
       for (int i = 0; i < 2; ++i) {
         I b[4];
         box_muller<V, 2>(w[i], b);
@@ -479,24 +503,22 @@ class GaussianGroup {
 // The sums of a fold of 64 groups are closed before the next one opens; a single fold needs no second array.
 template <class V, class Real, template <class, class> class BasisGroup>
 void sum_columns_of(const SpanSum<Real>& s) {
-  using I = typename V::I;
   const int e = elements_per_call(s.stream.basis), step = e * V::lanes;
   const uint64_t first_call = s.span * kSpan / e;
   const int first_step = s.begin / step * step;
   const int64_t groups = (s.columns + kGroup - 1) / kGroup;
   const PhiloxKeys keys(s.stream.seed);
-  ColumnPart parts[kGroup];
+  Column<One> column[kGroup];
   Real total[kSpan];
   for (int64_t g = 0; g < groups; ++g) {
     const int columns = static_cast<int>(s.columns - g * kGroup < kGroup ? s.columns - g * kGroup : kGroup);
     for (int k = 0; k < (columns + 3) / 4 * 4; ++k) {
-      parts[k] = ColumnPart(keys, first_call, static_cast<uint32_t>(g * kGroup + k));
+      column[k] = {keys, first_call, One{static_cast<uint32_t>(g * kGroup + k)}};
     }
     const BasisGroup<V, Real> group(s.groups[g], columns);
     for (int begin = first_step; begin < s.end; begin += step) {
-      const I calls = V::add(V::set1(static_cast<uint32_t>(first_call) + static_cast<uint32_t>(begin / e)), V::iota());
-      group.add(CallWords<V>(keys, s.stream.basis, calls), parts, g % kFoldRadix == 0,
-                reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
+      const auto calls = calls_of<V>(keys, s.stream.basis, first_call + static_cast<uint64_t>(begin / e));
+      group.add(keys, calls, column, g % kFoldRadix == 0, reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
     }
     const bool closes = g % kFoldRadix == kFoldRadix - 1 || g == groups - 1;
     if (closes && groups > kFoldRadix) {

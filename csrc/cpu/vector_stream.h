@@ -8,28 +8,37 @@
 namespace ferret::cpu {
 namespace {
 
-// 32-bit lanes, the even ones and the odd ones apart, each in the low half of a 64-bit lane. The high halves hold garbage that a
-// multiplication ignores, which saves taking products apart.
+// 32-bit words, each in the low half of a 64-bit one. The high halves may hold anything: a multiplication ignores them, which saves
+// taking products apart. Halves has the lanes of a vector, the even and the odd ones apart; One is a word that all lanes share.
+struct One {
+  uint64_t word;
+
+  FERRET_HD One high() const { return {word >> 32}; }
+  FERRET_HD One times(uint32_t factor) const { return {uint64_t{static_cast<uint32_t>(word)} * factor}; }
+  FERRET_HD One operator^(uint32_t key) const { return {word ^ key}; }
+};
+
 template <class V>
 struct Halves {
   typename V::I even, odd;
 
   FERRET_HD static Halves split(typename V::I x) { return {x, V::odd_to_even(x)}; }
-  FERRET_HD static Halves all(uint32_t x) { return {V::set1(x), V::set1(x)}; }
   FERRET_HD typename V::I join() const { return V::interleave(even, odd); }
   FERRET_HD Halves high() const { return {V::odd_to_even(even), V::odd_to_even(odd)}; }
   FERRET_HD Halves times(uint32_t factor) const {
     const typename V::I f = V::set1(factor);
     return {V::multiply_even(even, f), V::multiply_even(odd, f)};
   }
+  FERRET_HD Halves operator^(Halves other) const { return {V::bit_xor(even, other.even), V::bit_xor(odd, other.odd)}; }
+  FERRET_HD Halves operator^(uint32_t key) const {
+    const typename V::I k = V::set1(key);
+    return {V::bit_xor(even, k), V::bit_xor(odd, k)};
+  }
+  FERRET_HD Halves operator^(One other) const { return *this ^ static_cast<uint32_t>(other.word); }
+  FERRET_HD friend Halves operator^(One one, Halves other) { return other ^ one; }
   FERRET_HD Halves bit_xor(Halves other, uint32_t key) const {
     const typename V::I k = V::set1(key);
     return {V::bit_xor(even, other.even, k), V::bit_xor(odd, other.odd, k)};
-  }
-  FERRET_HD Halves bit_xor(Halves other) const { return {V::bit_xor(even, other.even), V::bit_xor(odd, other.odd)}; }
-  FERRET_HD Halves bit_xor(uint32_t key) const {
-    const typename V::I k = V::set1(key);
-    return {V::bit_xor(even, k), V::bit_xor(odd, k)};
   }
 };
 
@@ -44,7 +53,36 @@ struct PhiloxKeys {
   }
 };
 
-FERRET_HD uint32_t high_word(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
+// In the first three rounds a call t and a column k meet only in four exclusive ors. What comes before depends on one of them alone and
+// is done once: Call and Column hold the words x0 to x3 as they enter rounds 1 (x0, x2) and 2 (x1, x3).
+template <class Words>  // One or Halves
+struct Call {
+  Words x0, x1, x2;
+
+  Call() = default;
+  FERRET_HD Call(const PhiloxKeys& keys, Basis basis, Words t) {
+    const Words p0 = t.times(kPhiloxMultiplier0);
+    const Words p1 = (p0.high() ^ (kContractTag | static_cast<uint32_t>(basis)) ^ keys.key1[0]).times(kPhiloxMultiplier1);
+    x0 = p1.high() ^ keys.key0[1];
+    x1 = p1 ^ keys.key0[2];
+    x2 = p0 ^ keys.key1[1];
+  }
+};
+
+template <class Words>
+struct Column {
+  Words x0, x2, x3;
+
+  Column() = default;
+  // For calls with the high half of t.
+  FERRET_HD Column(const PhiloxKeys& keys, uint64_t t, Words k) {
+    const Words p1 = k.times(kPhiloxMultiplier1);
+    const Words p0 = (p1.high() ^ static_cast<uint32_t>(t >> 32) ^ keys.key0[0]).times(kPhiloxMultiplier0);
+    x0 = p1;
+    x2 = p0.high();
+    x3 = p0 ^ keys.key1[2];
+  }
+};
 
 #define FERRET_INLINE __attribute__((always_inline))  // for lambdas, where the compiler would rather call
 
@@ -60,10 +98,22 @@ struct Nothing {
   FERRET_HD void operator()(int) const {}
 };
 
-// Rounds 3 to 9 of n counters side by side: a chain of multiplications waits for each of its rounds, so one counter alone would leave
-// multipliers idle. beside(0), .., beside(7) is other work in between, which fills what two counters leave.
-template <class V, int n, class F>
-FERRET_HD void philox_rounds(Halves<V> (&x)[n][4], const PhiloxKeys& keys, typename V::I (&w)[n][4], F beside) {
+// w[i] = the words of a call and a column, for two pairs of them side by side: a chain of multiplications waits for each of its rounds,
+// so one alone would leave multipliers idle. Lanes are calls or columns or both. beside(0), .., beside(7) is other work in between, which
+// fills what two leave.
+template <class V, class CallWords, class ColumnWords, class F = Nothing>
+FERRET_HD void philox_pair(const PhiloxKeys& keys, const Call<CallWords>& call0, const Column<ColumnWords>& column0,
+                           const Call<CallWords>& call1, const Column<ColumnWords>& column1, typename V::I (&w)[2][4],
+                           F beside = F()) {
+  Halves<V> x[2][4];
+  const auto meet = [](const auto& call, const auto& column, Halves<V>(&c)[4]) FERRET_INLINE {
+    c[3] = (column.x0 ^ call.x0).times(kPhiloxMultiplier0);
+    c[1] = (column.x2 ^ call.x2).times(kPhiloxMultiplier1);
+    c[0] = c[1].high() ^ call.x1;
+    c[2] = c[3].high() ^ column.x3;
+  };
+  meet(call0, column0, x[0]);
+  meet(call1, column1, x[1]);
   unroll(Count<7>(), [&](auto round) FERRET_INLINE {
     for (auto& c : x) {
       const Halves<V> p0 = c[0].times(kPhiloxMultiplier0), p1 = c[2].times(kPhiloxMultiplier1);
@@ -75,115 +125,10 @@ FERRET_HD void philox_rounds(Halves<V> (&x)[n][4], const PhiloxKeys& keys, typen
     beside(round);
   });
   beside(7);
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < 2; ++i) {
     for (int word = 0; word < 4; ++word) w[i][word] = x[i][word].join();
   }
 }
-
-// Words of the columns k, k + 1, .. in the lanes, for any of a few calls. In the first three rounds call and column meet only in
-// four exclusive ors: CallPart holds what depends on the call and is done once for all columns, on scalars; ColumnWords what
-// depends on the columns and is done once for all calls.
-struct CallPart {
-  uint32_t x0, x1, x2;  // what enters round 1 by x0 and x2, and round 2 by x1
-
-  FERRET_HD CallPart() = default;
-  FERRET_HD CallPart(const PhiloxKeys& keys, Basis basis, uint64_t t) {
-    const uint32_t tag = kContractTag | static_cast<uint32_t>(basis);
-    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * static_cast<uint32_t>(t);
-    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * (high_word(p0) ^ tag ^ keys.key1[0]);
-    x0 = high_word(p1) ^ keys.key0[1];
-    x1 = static_cast<uint32_t>(p1) ^ keys.key0[2];
-    x2 = static_cast<uint32_t>(p0) ^ keys.key1[1];
-  }
-};
-
-template <class V>
-class ColumnWords {
- public:
-  // For calls whose high half is t's.
-  FERRET_HD ColumnWords(const PhiloxKeys& keys, uint64_t t, uint32_t k) : keys_(keys) {
-    const auto p1 = Halves<V>::split(V::add(V::set1(k), V::iota())).times(kPhiloxMultiplier1);
-    const auto p0 = p1.high().bit_xor(high_word(t) ^ keys.key0[0]).times(kPhiloxMultiplier0);
-    x0_ = p1;
-    x2_ = p0.high();
-    x3_ = p0.bit_xor(keys.key1[2]);
-  }
-  // w[i] = the words of call i.
-  template <int n, class F = Nothing>
-  FERRET_HD void words(const CallPart* calls, typename V::I (&w)[n][4], F beside = F()) const {
-    Halves<V> x[n][4];
-    for (int i = 0; i < n; ++i) {
-      x[i][3] = x0_.bit_xor(calls[i].x0).times(kPhiloxMultiplier0);
-      x[i][1] = x2_.bit_xor(calls[i].x2).times(kPhiloxMultiplier1);
-      x[i][0] = x[i][1].high().bit_xor(calls[i].x1);
-      x[i][2] = x[i][3].high().bit_xor(x3_);
-    }
-    philox_rounds(x, keys_, w, beside);
-  }
-
- private:
-  const PhiloxKeys& keys_;
-  Halves<V> x0_, x2_, x3_;
-};
-
-// Words of calls in the lanes, for any of a few columns; the rounds are shared as above with calls and columns exchanged.
-struct ColumnPart {
-  uint32_t x0, x2, x3;
-
-  FERRET_HD ColumnPart() = default;
-  // For calls whose high half is t's.
-  FERRET_HD ColumnPart(const PhiloxKeys& keys, uint64_t t, uint32_t k) {
-    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * k;
-    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * (high_word(p1) ^ high_word(t) ^ keys.key0[0]);
-    x0 = static_cast<uint32_t>(p1) ^ keys.key0[1];
-    x2 = high_word(p0) ^ keys.key1[1];
-    x3 = static_cast<uint32_t>(p0) ^ keys.key1[2];
-  }
-};
-
-// A ColumnPart with columns in the lanes too.
-template <class V>
-struct ColumnLanes {
-  Halves<V> x0, x2, x3;
-
-  FERRET_HD ColumnLanes(const PhiloxKeys& keys, uint64_t t, typename V::I k) {
-    const auto p1 = Halves<V>::split(k).times(kPhiloxMultiplier1);
-    const auto p0 = p1.high().bit_xor(high_word(t) ^ keys.key0[0]).times(kPhiloxMultiplier0);
-    x0 = p1.bit_xor(keys.key0[1]);
-    x2 = p0.high().bit_xor(keys.key1[1]);
-    x3 = p0.bit_xor(keys.key1[2]);
-  }
-};
-
-template <class V>
-class CallWords {
- public:
-  // Of calls whose low halves are t.
-  FERRET_HD CallWords(const PhiloxKeys& keys, Basis basis, typename V::I t) : keys_(keys) {
-    const uint32_t tag = kContractTag | static_cast<uint32_t>(basis);
-    const auto p0 = Halves<V>::split(t).times(kPhiloxMultiplier0);
-    const auto p1 = p0.high().bit_xor(tag ^ keys.key1[0]).times(kPhiloxMultiplier1);
-    x0_ = p1.high();
-    x1_ = p1.bit_xor(keys.key0[2]);
-    x2_ = p0;
-  }
-  // w[i] = the words of column i.
-  template <int n, class Part>
-  FERRET_HD void words(const Part* columns, typename V::I (&w)[n][4]) const {
-    Halves<V> x[n][4];
-    for (int i = 0; i < n; ++i) {
-      x[i][3] = x0_.bit_xor(columns[i].x0).times(kPhiloxMultiplier0);
-      x[i][1] = x2_.bit_xor(columns[i].x2).times(kPhiloxMultiplier1);
-      x[i][0] = x[i][1].high().bit_xor(x1_);
-      x[i][2] = x[i][3].high().bit_xor(columns[i].x3);
-    }
-    philox_rounds(x, keys_, w, Nothing());
-  }
-
- private:
-  const PhiloxKeys& keys_;
-  Halves<V> x0_, x1_, x2_;
-};
 
 // box_muller of core/stream.h over the lanes of n pairs of words, operation by operation, side by side because it is one long chain.
 // The factor 2^16 goes to the radius, and quarter turns and signs to sine and cosine, which changes no rounding.
