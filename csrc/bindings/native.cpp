@@ -45,6 +45,9 @@ PYBIND11_MODULE(_native, module) {
              "The four words of call t of column k.");
   module.def("integers", &integers, py::arg("seed"), py::arg("kind"), py::arg("offset"), py::arg("count"), py::arg("k"),
              "The integers b(j, k) for j = offset, offset + 1, ..");
+  module.def("philox_checksum", &cpu::philox_checksum, py::arg("seed"), py::arg("columns"), py::arg("calls"),
+             py::call_guard<py::gil_scoped_release>(),
+             "The exclusive or of all words of some calls of some columns, on the active CPU path and one thread.");
   module.def("available_isas", &cpu::available_isas, "Instruction sets this processor can run, best last.");
   module.attr("version") = FERRET_VERSION;
 }

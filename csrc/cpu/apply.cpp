@@ -84,16 +84,16 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
   const int begin = static_cast<int>(std::max(elements.begin, start) - start);
   const int end = static_cast<int>(std::min(elements.end, start + kSpan) - start);
   alignas(64) Real sums[kSpan], total[kSpan];
-  std::fill(total, total + kSpan, Real(0));
-  std::fill(sums, sums + kSpan, Real(0));
+  if (end - begin < kSpan) std::fill(sums, sums + kSpan, Real(0));
+  if (job.num_updates == 0) std::fill(total, total + kSpan, Real(0));
   for (int64_t i = 0; i < job.num_updates; ++i) {
     const Stream stream = {job.updates[i].seed, job.basis};
     kernels.sum_columns({updates.coordinates[i].groups.data(), block.columns, stream, span, begin, end, sums});
-    kernels.accumulate(sums, kSpan, updates.weights[i], total);
+    kernels.accumulate(sums, kSpan, updates.weights[i], i == 0, total);
   }
-  kernels.to_element_order(job.basis, total);
+  kernels.to_element_order(job.basis, total, sums);
   for_each_overlap(updates.pieces, {start, start + kSpan}, [&](const Piece& piece, uint64_t first, uint64_t last) {
-    kernels.scale_add(total + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
+    kernels.scale_add(sums + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
                       job.params[piece.tensor].dtype, element_of(job.params, piece, first));
   });
 }

@@ -24,6 +24,10 @@ bool apply(const ApplyJob& job, const Threads& threads);
 
 void basis(const BasisJob& job, const Threads& threads);
 
+// The exclusive or of all words of the calls [0, calls) of the columns [0, columns) of a rademacher basis: how fast the active path
+// makes random words and nothing else, the yardstick of the benchmarks.
+uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls);
+
 // Names of the paths this processor can run, best last.
 std::vector<std::string> available_isas();
 

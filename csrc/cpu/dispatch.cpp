@@ -44,6 +44,10 @@ const Kernels& active_kernels() {
   return *kernels;
 }
 
+uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
+  return active_kernels().philox_checksum(seed, columns, calls);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);

@@ -2,6 +2,11 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -19,38 +24,90 @@ void with_element_type(Dtype dtype, F f) {
   }
 }
 
+FERRET_HD uint32_t checksum_of(uint64_t seed, uint64_t t, uint32_t k) {
+  const Words words = stream_words(seed, Basis::rademacher, t, k);
+  return words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3];
+}
+
+// Conversions of n elements. The compiler vectorises the plain loops, but knows no instruction for float16.
+template <class T, class Real>
+FERRET_HD void to_real(const T* from, int64_t n, Real* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, float16_t> && std::is_same_v<Real, float>) {
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = static_cast<Real>(to_float(from[i]));
+}
+
+template <class Real, class T>
+FERRET_HD void from_real(const Real* from, int64_t n, T* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, float16_t> && std::is_same_v<Real, float>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m256 x = _mm256_loadu_ps(from + i);
+      const __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      const __m128i is_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
+      const __m128i the_nan = _mm_or_si128(_mm_and_si128(bits, _mm_set1_epi16(-0x8000)), _mm_set1_epi16(0x7E00));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_blendv_epi8(bits, the_nan, is_nan));
+    }
+  }
+#endif
+  for (; i < n; ++i) store_rounded(from[i], to + i);
+}
+
 template <class Real>
 void widen(const void* from, Dtype dtype, int64_t n, Real* to) {
-  with_element_type(dtype, [=](auto* type) {
-    const auto* x = static_cast<decltype(type)>(const_cast<void*>(from));
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Real>(to_float(x[i]));
-  });
+  with_element_type(dtype, [=](auto* type) { to_real(static_cast<decltype(type)>(const_cast<void*>(from)), n, to); });
+}
+
+// f(first, count) for n elements, as many at a time as a buffer holds.
+inline constexpr int kBuffer = 512;
+template <class F>
+FERRET_HD void in_chunks(int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += kBuffer) f(i, n - i < kBuffer ? n - i : kBuffer);
 }
 
 template <class Real>
 void subtract(const void* from, Dtype dtype, int64_t n, Real* inout) {
   with_element_type(dtype, [=](auto* type) {
     const auto* x = static_cast<decltype(type)>(const_cast<void*>(from));
-    for (int64_t i = 0; i < n; ++i) inout[i] = static_cast<Real>(to_float(x[i])) - inout[i];
+    Real buffer[kBuffer];
+    in_chunks(n, [&](int64_t first, int64_t count) {
+      to_real(x + first, count, buffer);
+      for (int64_t i = 0; i < count; ++i) inout[first + i] = buffer[i] - inout[first + i];
+    });
   });
 }
 
 template <class Real>
-void accumulate(const Real* sums, int64_t n, Real weight, Real* total) {
-  for (int64_t i = 0; i < n; ++i) total[i] = fused_multiply_add(sums[i], weight, total[i]);
+void accumulate(const Real* sums, int64_t n, Real weight, bool first, Real* total) {
+  if (first) {
+    for (int64_t i = 0; i < n; ++i) total[i] = fused_multiply_add(sums[i], weight, Real(0));
+  } else {
+    for (int64_t i = 0; i < n; ++i) total[i] = fused_multiply_add(sums[i], weight, total[i]);
+  }
 }
 
 template <class Real>
 void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param) {
   with_element_type(dtype, [=](auto* type) {
     auto* p = static_cast<decltype(type)>(param);
-    if (overwrite) {
-      for (int64_t i = 0; i < n; ++i) store_rounded(fused_multiply_add(sums[i], factor, Real(0)), &p[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        store_rounded(fused_multiply_add(sums[i], factor, static_cast<Real>(to_float(p[i]))), &p[i]);
+    Real buffer[kBuffer];
+    in_chunks(n, [&](int64_t first, int64_t count) {
+      if (overwrite) {
+        for (int64_t i = 0; i < count; ++i) buffer[i] = fused_multiply_add(sums[first + i], factor, Real(0));
+      } else {
+        to_real(p + first, count, buffer);
+        for (int64_t i = 0; i < count; ++i) buffer[i] = fused_multiply_add(sums[first + i], factor, buffer[i]);
       }
-    }
+      from_real(buffer, count, p + first);
+    });
   });
 }
 

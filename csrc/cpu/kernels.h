@@ -66,13 +66,15 @@ struct RealKernels {
   void (*subtract)(const void* from, Dtype dtype, int64_t n, Real* inout);  // inout = from - inout
   void (*project_run)(const RunProduct<Real>&);
   void (*sum_columns)(const SpanSum<Real>&);
-  void (*accumulate)(const Real* sums, int64_t n, Real weight, Real* total);  // total = fma(sums, weight, total)
-  void (*to_element_order)(Basis basis, Real* sums);                          // [kSpan]
+  void (*accumulate)(const Real* sums, int64_t n, Real weight, bool first,
+                     Real* total);                                          // total = fma(sums, weight, total or 0)
+  void (*to_element_order)(Basis basis, const Real* sums, Real* elements);  // [kSpan] both
   void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param);
 };
 
 struct Kernels {
   const char* name;
+  uint32_t (*philox_checksum)(uint64_t seed, uint32_t columns, uint64_t calls);  // see cpu.h
   RealKernels<float> narrow;
   RealKernels<double> wide;
 };

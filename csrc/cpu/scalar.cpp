@@ -89,7 +89,17 @@ void sum_columns(const SpanSum<Real>& s) {
 }
 
 template <class Real>
-void to_element_order(Basis, Real*) {}
+void to_element_order(Basis, const Real* sums, Real* elements) {
+  memcpy(elements, sums, kSpan * sizeof(Real));
+}
+
+uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
+  uint32_t result = 0;
+  for (uint32_t k = 0; k < columns; ++k) {
+    for (uint64_t t = 0; t < calls; ++t) result ^= checksum_of(seed, t, k);
+  }
+  return result;
+}
 
 template <class Real>
 constexpr RealKernels<Real> kernels() {
@@ -99,6 +109,6 @@ constexpr RealKernels<Real> kernels() {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", kernels<float>(), kernels<double>()};
+const Kernels kScalarKernels = {"scalar", philox_checksum, kernels<float>(), kernels<double>()};
 
 }  // namespace ferret::cpu

@@ -353,7 +353,8 @@ class RademacherGroup {
     }
   }
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
+           Lanes<V, Real>* h) const {
     alignas(64) int32_t nibbles[16][kGroup / 4][V::lanes];  // [word * 4 + row][quad]
     for (int quad = 0; quad < quads_; ++quad) {
       I w[2][2][4];  // [pair of columns][column][word]
@@ -419,7 +420,8 @@ class UniformGroup {
     }
   }
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
+           Lanes<V, Real>* h) const {
     alignas(64) int32_t words[4][kGroup][V::lanes];
     for (int k = 0; k < 2 * pairs_; k += 2) {
       I w[2][4];
@@ -471,7 +473,8 @@ class GaussianGroup {
  public:
   GaussianGroup(const Group<Real>& group, int columns) : group_(group), columns_(columns) {}
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open, Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
+           Lanes<V, Real>* h) const {
     WideSum<V> sums[limbs][4];
     for (auto& limb : sums) {
       for (auto& sum : limb) sum.clear();
@@ -538,21 +541,48 @@ void sum_columns(const SpanSum<Real>& s) {
 }
 
 template <class V, class Real>
-void to_element_order(Basis basis, Real* sums) {
-  const int e = elements_per_call(basis), step = e * V::lanes;
-  Real elements[128 * V::lanes];
-  for (int begin = 0; begin < kSpan; begin += step) {
+void to_element_order(Basis basis, const Real* sums, Real* elements) {
+  const int e = elements_per_call(basis);
+  for (int begin = 0; begin < kSpan; begin += e * V::lanes) {
     const auto* h = reinterpret_cast<const Lanes<V, Real>*>(sums + begin);
+    int place = 0;
     if constexpr (std::is_same_v<Real, float>) {
-      for (int place = 0; place + V::lanes <= e; place += V::lanes) V::transpose(h[place], elements + place, e);
+      for (; place + V::lanes <= e; place += V::lanes) V::transpose(h[place], elements + begin + place, e);
     }
-    if (!std::is_same_v<Real, float> || e < V::lanes) {
-      for (int place = 0; place < e; ++place) {
-        for (int lane = 0; lane < V::lanes; ++lane) elements[lane * e + place] = h[place][lane];
+    for (; place < e; ++place) {
+      for (int lane = 0; lane < V::lanes; ++lane) elements[begin + lane * e + place] = h[place][lane];
+    }
+  }
+}
+
+template <class V>
+uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
+  using I = typename V::I;
+  const PhiloxKeys keys(seed);
+  const uint32_t full_columns = columns / V::lanes * V::lanes;
+  const uint64_t full_calls = calls / 2 * 2;
+  I sum = V::set1(0u);
+  constexpr uint64_t chunk = 64;
+  Call<One> call[chunk];
+  for (uint64_t begin = 0; begin < full_calls; begin += chunk) {
+    const int count = static_cast<int>(full_calls - begin < chunk ? full_calls - begin : chunk);
+    for (int i = 0; i < count; ++i) call[i] = {keys, Basis::rademacher, One{begin + static_cast<uint64_t>(i)}};
+    for (uint32_t k = 0; k < full_columns; k += V::lanes) {
+      const auto column = columns_of<V>(keys, begin, k);
+      for (int i = 0; i < count; i += 2) {
+        I w[2][4];
+        philox_pair<V>(keys, call[i], column, call[i + 1], column, w);
+        for (const auto& word : w) sum = V::bit_xor(sum, V::bit_xor(word[0], word[1], word[2]), word[3]);
       }
     }
-    memcpy(sums + begin, elements, sizeof(Real) * step);
   }
+  uint32_t lanes[V::lanes], result = 0;
+  V::store(lanes, sum);
+  for (const uint32_t lane : lanes) result ^= lane;
+  for (uint64_t t = 0; t < calls; ++t) {
+    for (uint32_t k = t < full_calls ? full_columns : 0; k < columns; ++k) result ^= checksum_of(seed, t, k);
+  }
+  return result;
 }
 
 template <class V, class Real>

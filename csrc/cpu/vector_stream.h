@@ -62,7 +62,8 @@ struct Call {
   Call() = default;
   FERRET_HD Call(const PhiloxKeys& keys, Basis basis, Words t) {
     const Words p0 = t.times(kPhiloxMultiplier0);
-    const Words p1 = (p0.high() ^ (kContractTag | static_cast<uint32_t>(basis)) ^ keys.key1[0]).times(kPhiloxMultiplier1);
+    const Words p1 =
+        (p0.high() ^ (kContractTag | static_cast<uint32_t>(basis)) ^ keys.key1[0]).times(kPhiloxMultiplier1);
     x0 = p1.high() ^ keys.key0[1];
     x1 = p1 ^ keys.key0[2];
     x2 = p0 ^ keys.key1[1];
