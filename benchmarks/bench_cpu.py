@@ -1,13 +1,18 @@
-"""Rates of project and reconstruct_ on the CPU, beside what a user could pick instead, in one run.
+"""Rates of project and of the in-place apply on the CPU, beside yardsticks and rivals of the same run.
 
-    python benchmarks/bench_cpu.py [--numel 4000000] [--threads 1] [--isa avx512] [--json FILE]
+    python benchmarks/bench_cpu.py --json FILE [--quick] [--threads 1 2] [--isa avx2] [--only SECTION ..]
 
-The unit is a basis element: one of the d K numbers of V, each generated once and used once. The rivals:
+The unit is a basis element: one of the d K numbers of V, each generated once and used once. A rate is that of
+the median call, beside those of the slowest and the fastest. Shares are of yardsticks (yardsticks.py), which
+are measured on as many threads and, but for philox, on an array of as many bytes:
 
-- numpy: bits of numpy's Philox, unpacked to +-1, times delta; the fair naive way.
-- torch: chunks of torch.randn times delta.
-- authors: what Ferret's published code does, written from its description: for every k, reseed torch's
-  generator, draw a truncated normal vector, multiply and sum.
+- philox: random words that the basis takes (a rademacher element 1/32 of a word, a uniform one 1/4, a
+  gaussian one 1) over those that the generator makes when it has nothing else to do.
+- read: bytes of tensors that are read over those of a plain read. What is written does not count here.
+- update: bytes that are written in place over those that a plain x += 1 writes.
+
+What is compared is timed in turns. Rivals (rivals.py) run on one thread, scikit-learn's only where it is
+installed. plot_cpu.py draws the scaling.
 """
 
 from __future__ import annotations
@@ -15,130 +20,283 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's rival gets the one core that ours has
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's rivals get the one core that ours has
 
-import numpy as np
 import torch
-from timer import Timing, measure, write
-from torch import Tensor
+from cases import SEED, Case, both_cases, filled, log_uniform, plan_cases, project_case
+from rivals import rivals, scikit_learn_fit, scikit_learn_transform
+from timer import last_level_cache, measure, measure_in_turns, memory_available, processor, write
+from yardsticks import Yardsticks
 
 import ferret_ext
-from ferret_ext.ops import Basis
 
-COLUMNS = (1, 4, 16, 64, 256, 1024)
-BASES: tuple[Basis, ...] = ("uniform", "gaussian")
+Row = dict[str, Any]
 
 
-def numpy_project(delta: Tensor, seed: int, K: int, chunk: int = 1 << 12) -> Tensor:
-    """Signs in chunks that stay in the cache; of 2^10 to 2^16 elements this was the fastest."""
-    generator = np.random.Philox(seed)
-    gamma = np.zeros(K, np.float32)
-    values = delta.numpy()
-    for begin in range(0, len(values), chunk):
-        part = values[begin : begin + chunk]
-        words = generator.random_raw(math.ceil(len(part) * K / 64))
-        bits = np.unpackbits(words.view(np.uint8))[: len(part) * K].reshape(K, len(part))
-        gamma += part.sum() - 2 * (bits.astype(np.float32) @ part)
-    return torch.from_numpy(gamma * (math.sqrt(len(values)) / K))
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured; the defaults take some minutes. Lengths are in elements."""
+
+    seconds: float = 0.5  # of timed calls a row
+    numel: int = 4_000_000
+    columns: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
+    few_columns: tuple[int, ...] = (1, 16, 64, 1024)
+    basis_numel: int = 1_000_000
+    memory_numel: int = 1 << 28
+    memory_columns: tuple[int, ...] = (1, 2, 4, 8)
+    plan_blocks: int = 300
+    rival_numel: int = 1_000_000
+    rival_columns: tuple[int, ...] = (16, 64)
+    scaling_numels: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+    scaling_columns: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+    scaling_call: float = 2.0  # seconds that one call may take
 
 
-def torch_project(delta: Tensor, seed: int, K: int, chunk: int = 1 << 16) -> Tensor:
-    """Normal deviates in chunks."""
-    generator = torch.Generator().manual_seed(seed)
-    gamma = torch.zeros(K)
-    for part in torch.split(delta, chunk):
-        gamma += torch.randn(K, part.numel(), generator=generator) @ part
-    return gamma * (math.sqrt(delta.numel()) / K)
+QUICK = Settings(
+    seconds=0.1,
+    columns=(1, 4, 16, 64, 1024),
+    few_columns=(1, 64),
+    memory_columns=(1, 8),
+    rival_columns=(16,),
+    scaling_numels=(10**4, 10**6, 10**8),
+    scaling_columns=(1, 16, 256, 4096),
+    scaling_call=0.5,
+)
 
 
-def authors_project(delta: Tensor, seed: int, K: int) -> Tensor:
-    """One whole basis vector after the other."""
-    bound = 1 / math.sqrt(delta.numel())
-    gamma = torch.empty(K)
-    vector = torch.empty_like(delta)
-    for k in range(K):
-        torch.manual_seed(seed + k)
-        torch.nn.init.trunc_normal_(vector, a=-bound, b=bound)
-        gamma[k] = (vector * delta).sum()
-    return gamma * (3 * delta.numel() / K)
+class Bench:
+    """Times cases, prints and keeps a row for each."""
+
+    def __init__(self, settings: Settings, threads: Sequence[int]) -> None:
+        self.settings = settings
+        self.threads = threads
+        self.yardsticks = Yardsticks(settings.seconds / 2)
+        self.rows: list[Row] = []
+
+    def compare(self, section: str, cases: Sequence[Case], threads: Sequence[int], to: str = "") -> None:
+        """A row for every case on every number of threads, with ratios to the first number of threads and to
+        the first case, which is called `to`."""
+        runs = [(case, count) for case in cases for count in threads]
+        calls = [partial(on_threads, count, case.call) for case, count in runs]
+        timings = measure_in_turns(calls, seconds=self.settings.seconds)
+        rates = {run: run[0].elements / timing.median for run, timing in zip(runs, timings, strict=True)}
+        for (case, count), timing in zip(runs, timings, strict=True):
+            ratios = {}
+            if count != threads[0]:
+                ratios[f"{threads[0]} thread"] = rates[case, count] / rates[case, threads[0]]
+            if case is not cases[0]:
+                ratios[to] = rates[case, count] / rates[cases[0], count]
+            self.keep(
+                {
+                    "section": section,
+                    "what": case.what,
+                    "basis": case.basis,
+                    "dtype": case.dtype,
+                    "numel": case.numel,
+                    "K": case.K,
+                    "threads": count,
+                    "rate": rates[case, count],
+                    "timing": timing,
+                    "shares": self.shares(case, count, timing.median),
+                    "ratios": ratios,
+                }
+            )
+
+    def shares(self, case: Case, threads: int, seconds: float) -> dict[str, float]:
+        """Nothing for a rival."""
+        shares = {}
+        if case.bytes_read:
+            read = self.yardsticks("read", threads, case.bytes_read)
+            shares["philox"] = case.words / seconds / self.yardsticks("philox", threads)
+            shares["read"] = case.bytes_read / seconds / read
+        if case.bytes_written:
+            update = self.yardsticks("update", threads, case.bytes_written)
+            shares["update"] = case.bytes_written / seconds / update
+        return shares
+
+    def keep(self, row: Row) -> None:
+        self.rows.append(row)
+        print(line(row), flush=True)
 
 
-def read_bandwidth(numel: int = 1 << 26) -> float:
-    """Bytes a second of a sum over float32, which reads and hardly computes."""
-    data = torch.ones(numel)
-    return 4 * numel / measure(lambda: data.sum()).median
+def on_threads(count: int, call: Callable[[], object]) -> None:
+    torch.set_num_threads(count)
+    call()
 
 
-def row(what: str, numel: int, K: int, timing: Timing) -> dict[str, Any]:
-    return {"what": what, "numel": numel, "K": K, "rate": numel * K / timing.median / 1e9, "timing": timing}
+def heading(title: str) -> None:
+    print(f"\n{title}")
+    print(f"{'':32} {'d':>11} {'K':>6} thr {'G/s':>8} slowest .. fastest philox   read update  ratios")
 
 
-def measure_all(numel: int, columns: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Ours for every K and basis, the rivals for a few K and as many elements as they do in a second."""
-    torch.manual_seed(0)
-    delta, param = torch.randn(numel), torch.zeros(numel)
-    rows = []
-
-    def add(what: str, n: int, K: int, call: Callable[[], object]) -> None:
-        rows.append(row(what, n, K, measure(call, least=3)))
-        last = rows[-1]
-        spread = (last["timing"].slowest - last["timing"].fastest) / last["timing"].median
-        print(f"{what:24} d = {n:>10} K = {K:>5} {last['rate']:9.3f} G/s   spread {spread:6.1%}", flush=True)
-
-    for K in columns:
-        gamma = ferret_ext.project(delta, 1, K)
-        add("project", numel, K, partial(ferret_ext.project, delta, 1, K))
-        add("reconstruct_", numel, K, partial(ferret_ext.reconstruct_, param, gamma, 1))
-    few = min(numel, 1_000_000)
-    part, target = delta[:few], param[:few]
-    for kind in BASES:
-        gamma = ferret_ext.project(part, 1, 64, basis=kind)
-        add(f"project {kind}", few, 64, partial(ferret_ext.project, part, 1, 64, basis=kind))
-        add(f"reconstruct_ {kind}", few, 64, partial(ferret_ext.reconstruct_, target, gamma, 1, basis=kind))
-    for K in (16, 64):
-        add("rival numpy", few, K, partial(numpy_project, part, 1, K))
-        add("rival torch", few, K, partial(torch_project, part, 1, K))
-        add("rival authors", few, K, partial(authors_project, part, 1, K))
-    return rows
+def line(row: Row) -> str:
+    timing, work = row["timing"], row["rate"] * row["timing"].median / 1e9
+    name = " ".join([row["what"], *(row[key] for key in ("basis", "dtype") if row[key] not in USUAL)])
+    shares = [f"{row['shares'][key]:6.0%}" if key in row["shares"] else " " * 6 for key in SHARES]
+    ratios = ", ".join(f"{times(ratio)} x {to}" for to, ratio in row["ratios"].items())
+    return (
+        f"{name:32} {row['numel']:>11,} {row['K']:>6.4g} {row['threads']:>3} {row['rate'] / 1e9:8.3g} "
+        f"{work / timing.slowest:>7.3g} .. {work / timing.fastest:<7.3g} {' '.join(shares)}  {ratios}"
+    ).rstrip()
 
 
-def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Ratios of project to the rivals of the same run."""
-    rates = {(row["what"], row["K"]): row["rate"] for row in rows}
-    return [
-        f"project / {rival.removeprefix('rival ')} at K = {K}: {rates['project', K] / rates[rival, K]:.0f} x"
-        for K in (16, 64)
-        for rival in ("rival numpy", "rival torch", "rival authors")
-        if ("project", K) in rates
-    ]
+def times(ratio: float) -> str:
+    """A small ratio as one over a large one."""
+    return f"{ratio:.2f}" if ratio > 0.5 else f"1/{1 / ratio:.1f}"
+
+
+USUAL = ("rademacher", "float32", "")
+SHARES = ("philox", "read", "update")
+
+
+# ---- sections ----
+
+
+def columns(bench: Bench) -> None:
+    """K from 1 to 1024."""
+    x = filled(bench.settings.numel)
+    heading(f"Every K, {x.nbytes / 1e6:.0f} MB")
+    for K in bench.settings.columns:
+        for case in both_cases(x, K):
+            bench.compare("columns", [case], bench.threads)
+
+
+def dtypes(bench: Bench) -> None:
+    """16-bit tensors beside float32."""
+    heading("16-bit tensors")
+    tensors = [filled(bench.settings.numel, t) for t in (torch.float32, torch.bfloat16, torch.float16)]
+    for K in bench.settings.few_columns:
+        for cases in zip(*(both_cases(x, K) for x in tensors), strict=True):
+            bench.compare("dtypes", cases, bench.threads, to="float32")
+
+
+def bases(bench: Bench) -> None:
+    """The other two bases."""
+    x = filled(bench.settings.basis_numel)
+    heading("Other bases")
+    for basis in ("uniform", "gaussian"):
+        for K in bench.settings.few_columns:
+            for case in both_cases(x, K, basis):
+                bench.compare("bases", [case], bench.threads)
+
+
+def memory(bench: Bench) -> None:
+    """Small K on a tensor that no cache holds."""
+    size, available = 4 * bench.settings.memory_numel, memory_available()
+    heading(f"Small K, {size / 1e9:.2f} GB, with {last_level_cache() / 1e9:.2f} GB of cache")
+    if size > available / 2:
+        print(f"left out: {available / 1e9:.1f} GB of memory are available")
+        return
+    x = filled(bench.settings.memory_numel)
+    for K in bench.settings.memory_columns:
+        for case in both_cases(x, K):
+            bench.compare("memory", [case], bench.threads)
+
+
+def plans(bench: Bench) -> None:
+    """Many blocks of mixed size beside one as large, of the same average K."""
+    count = bench.settings.plan_blocks
+    heading(
+        f"Plans of {count} blocks of 128 to 1,000,000 elements, with K = 64 and with K from 8 to 512 each"
+    )
+    numels = log_uniform(128, 1_000_000, count, seed=0)
+    for columns in ([64] * count, log_uniform(8, 512, count, seed=1)):
+        plan = plan_cases(numels, columns)
+        one_block = plan_cases([sum(numels)], [round(plan[0].K)])
+        for cases in zip(one_block, plan, strict=True):
+            bench.compare("plans", cases, bench.threads, to="one block")
+
+
+def others(bench: Bench) -> None:
+    """What else one could use, on one thread."""
+    heading("Rivals, on one thread")
+    delta = filled(bench.settings.rival_numel)
+    calls = rivals()
+    if "scikit-learn" not in calls:
+        print("scikit-learn is not installed: its rows are left out")
+    for K in bench.settings.rival_columns:
+        cases = [project_case(delta, K)]
+        cases += [
+            Case(f"rival: {name}", partial(call, delta, SEED, K), delta.numel(), K)
+            for name, call in calls.items()
+        ]
+        if "scikit-learn" in calls:
+            transform = partial(scikit_learn_transform, delta, scikit_learn_fit(delta, SEED, K))
+            cases.append(Case("rival: scikit-learn, V stored", transform, delta.numel(), K))
+        bench.compare("rivals", cases, [1], to="project")
+
+
+def scaling(bench: Bench) -> None:
+    """A table over d and K, and the yardsticks that bound it."""
+    settings = bench.settings
+    limit = f"-: more than {settings.scaling_call:g} s a call or half of the memory"
+    fitting = [d for d in settings.scaling_numels if 4 * d < memory_available() / 2]
+    x = filled(max(fitting))
+    for threads in bench.threads:
+        torch.set_num_threads(threads)
+        for index, what in enumerate(("project", "reconstruct_")):
+            print(f"\n{what} in G/s on {threads} threads ({limit})")
+            print(f"{'d':>14}" + "".join(f"{f'K = {K}':>10}" for K in settings.scaling_columns))
+            rates = dict.fromkeys(settings.scaling_columns, math.inf)  # at the d before
+            for d in settings.scaling_numels:
+                print(f"{d:>14,}", end="")
+                for K in settings.scaling_columns:
+                    timing = None
+                    if d in fitting and d * K / rates[K] <= settings.scaling_call:
+                        timing = measure(
+                            both_cases(x[:d], K)[index].call, seconds=settings.seconds / 3, least=2
+                        )
+                        rates[K] = d * K / timing.median
+                    rate = None if timing is None else rates[K]
+                    print(f"{'-' if rate is None else f'{rate / 1e9:.3g}':>10}", end="", flush=True)
+                    row = {"section": "scaling", "what": what, "numel": d, "K": K, "threads": threads}
+                    bench.rows.append(row | {"rate": rate, "timing": timing})
+                print()
+        bench.yardsticks("philox", threads)
+        for yardstick in ("read", "update"):
+            bench.yardsticks(yardstick, threads, 4 * min(settings.memory_numel, max(fitting)))
+
+
+SECTIONS = {
+    "columns": columns,
+    "dtypes": dtypes,
+    "bases": bases,
+    "memory": memory,
+    "plans": plans,
+    "rivals": others,
+    "scaling": scaling,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--numel", type=int, default=4_000_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--isa", default=None, help="the CPU path, by default the best one")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rows: about a minute")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="ratios are to the first")
+    parser.add_argument("--isa", help="the CPU path, by default the best one")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    parser.add_argument("--json", type=Path, help="where results go too")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     if arguments.isa is not None:
-        ferret_ext.set_cpu_isa(arguments.isa)
+        os.environ["FERRET_CPU_ISA"] = arguments.isa
 
+    begin = time.perf_counter()
     isa = ferret_ext.cpu_capability()["isa"]
-    bandwidth = read_bandwidth()
-    print(f"path {isa}, {arguments.threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    rows = measure_all(arguments.numel, COLUMNS)
-    print("\n".join(summary(rows)))
+    print(f"{processor()}, path {isa}, torch {torch.__version__}")
+    bench = Bench(QUICK if arguments.quick else Settings(), arguments.threads)
+    for section in arguments.only:
+        SECTIONS[section](bench)
+    print(f"\nYardsticks\n{bench.yardsticks.table()}\n\n{time.perf_counter() - begin:.0f} s")
     if arguments.json is not None:
-        head = {"what": "read bandwidth", "bytes_per_second": bandwidth, "isa": isa}
-        write(arguments.json, [head, *rows])
+        write(arguments.json, [*bench.yardsticks.rows, *bench.rows], isa=isa, threads=arguments.threads)
 
 
 if __name__ == "__main__":
