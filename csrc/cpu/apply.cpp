@@ -76,6 +76,16 @@ BlockUpdates<Real> prepare(const ApplyJob& job, const Block& block) {
   return result;
 }
 
+// Of the first piece that lies in a range; ranges across pieces are few.
+inline Prefetch parameters(const ApplyJob& job, const BlockPieces& pieces, Range range) {
+  const Piece* piece = pieces.find(range.begin);
+  const uint64_t first = std::max(range.begin, static_cast<uint64_t>(piece->offset));
+  const uint64_t last = std::min(range.end, static_cast<uint64_t>(piece->offset + piece->length));
+  if (first >= last) return {};
+  const int64_t bytes = static_cast<int64_t>(last - first) * size_of(job.params[piece->tensor].dtype);
+  return {element_of(job.params, *piece, first), static_cast<int>(bytes / 64)};
+}
+
 template <class Real>
 void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real>& updates, uint64_t span,
                 const RealKernels<Real>& kernels) {
@@ -83,12 +93,14 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
   const Range elements = updates.pieces.elements();
   const int begin = static_cast<int>(std::max(elements.begin, start) - start);
   const int end = static_cast<int>(std::min(elements.end, start + kSpan) - start);
+  const Prefetch ahead = job.overwrite ? Prefetch{} : parameters(job, updates.pieces, {start + begin, start + end});
   alignas(64) Real sums[kSpan], total[kSpan];
   if (end - begin < kSpan) std::fill(sums, sums + kSpan, Real(0));
   if (job.num_updates == 0) std::fill(total, total + kSpan, Real(0));
   for (int64_t i = 0; i < job.num_updates; ++i) {
     const Stream stream = {job.updates[i].seed, job.basis};
-    kernels.sum_columns({updates.coordinates[i].groups.data(), block.columns, stream, span, begin, end, sums});
+    kernels.sum_columns({updates.coordinates[i].groups.data(), block.columns, stream, span, i == 0 ? ahead : Prefetch{},
+                         begin, end, sums});
     kernels.accumulate(sums, kSpan, updates.weights[i], i == 0, total);
   }
   kernels.to_element_order(job.basis, total, sums);

@@ -61,6 +61,13 @@ struct Avx2 {
     return result;
   }
 
+  FERRET_HD static uint32_t reduce_add(I a) {
+    uint32_t lane[8], result = 0;
+    store(lane, a);
+    for (const uint32_t x : lane) result += x;
+    return result;
+  }
+
   static constexpr bool has_masks = false;
 
   // 16-bit pairs: a.low * b.low + a.high * b.high.

@@ -57,6 +57,16 @@ struct Avx512 {
   FERRET_HD static uint32_t reduce_max(I a) { return _mm512_reduce_max_epu32(a); }
   FERRET_HD static uint32_t reduce_add(I a) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(a)); }
 
+  // sums[i] = the sum of the lanes of a[i]
+  FERRET_HD static void reduce_add4(const I* a, uint32_t* sums) {
+    const I ab = add(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const I cd = add(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    const I x = add(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i z = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), z);
+  }
+
   static constexpr bool has_masks = true;
   // a + b in the lanes whose bit is set, a elsewhere.
   FERRET_HD static I add_where(I a, uint16_t bits, I b) { return _mm512_mask_add_epi32(a, _cvtu32_mask16(bits), a, b); }

@@ -116,7 +116,8 @@ enum class TileState { zero, finite, not_finite };
 template <class Real>
 struct TileIntegers {
   alignas(64) int32_t q[Working<Real>::limbs][kTile];
-  double unit;  // 2^(n - 22): an element is (q + q' 2^-22) * unit
+  int32_t total[Working<Real>::limbs];  // the sum of q, below 2^31
+  double unit;                          // 2^(n - 22): an element is (q + q' 2^-22) * unit
 };
 
 FERRET_HD uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7FFFFFFFu; }
@@ -146,6 +147,10 @@ TileState to_integers(const Real* x, TileIntegers<Real>& tile) {
       const Real rest = (scale(x[i]) - static_cast<Real>(tile.q[0][i])) * static_cast<Real>(1 << kDeltaBits);
       tile.q[1][i] = clamp(round_to_int(rest), -limit, limit);
     }
+  }
+  for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
+    tile.total[limb] = 0;
+    for (int i = 0; i < kTile; ++i) tile.total[limb] += tile.q[limb][i];
   }
   tile.unit = power_of_two(n - kDeltaBits, double());
   return TileState::finite;

@@ -11,31 +11,23 @@ inline constexpr int kColumnBatch = 512;  // columns that share one set of look-
 inline constexpr int kSpan = 2048;        // elements that share one pass over the coordinates
 inline constexpr int kPad = 16;           // buffers over columns are readable and writable up to a multiple of it
 
-// Memory to be read soon. Arithmetic comes in long stretches without a load, so memory would idle, and its latency add to them, were
-// it not asked for in between.
-struct Ahead {
-  const char* from[2];
-  int lines[2];
+// Memory that is read soon. Arithmetic comes in long stretches without a load, in which memory would idle were it not asked for.
+struct Prefetch {
+  const char* from;
+  int lines;  // of 64 bytes
 
-  // What lies a run behind n elements that are being read.
-  FERRET_HD void look(int i, const char* at, Dtype dtype, int64_t n) {
-    from[i] = at + kRun * kTile * size_of(dtype);
-    lines[i] = static_cast<int>(n * size_of(dtype) / 64);
-  }
-  FERRET_HD void prefetch(int line) const {
-    for (int i = 0; i < 2; ++i) {
-      if (line < lines[i]) __builtin_prefetch(from[i] + 64 * line);
-    }
+  FERRET_HD void operator()(int first, int last) const {
+    for (int line = first; line < last && line < lines; ++line) __builtin_prefetch(from + 64 * line);
   }
 };
 
 // A run of tiles of the working precision against the columns [first, first + count).
 template <class Real>
 struct RunProduct {
-  const Real* x[kRun];  // [kTile] each, or null for zeros; zero outside the block
-  Ahead ahead[kRun];
-  uint64_t tile;   // stream index / kTile of the first, a multiple of kRun
-  int begin, end;  // the part of the run that may be nonzero
+  const Real* x[kRun];      // [kTile] each, or null for zeros; zero outside the block
+  Prefetch ahead[kRun][2];  // what the next run reads in the tile's place, of up to two tensors
+  uint64_t tile;            // stream index / kTile of the first, a multiple of kRun
+  int begin, end;           // the part of the run that may be nonzero
   Stream stream;
   uint32_t first;
   int count;     // <= kColumnBatch
@@ -56,6 +48,7 @@ struct SpanSum {
   int64_t columns;
   Stream stream;
   uint64_t span;
+  Prefetch ahead;  // the parameters that are read next
   int begin, end;  // the part of the span that is wanted; of the rest some is computed too, some left alone
   Real* sums;      // [kSpan]
 };

@@ -9,6 +9,11 @@ namespace {
 
 constexpr int64_t kPartialLimit = int64_t{1} << 21;  // float64 node sums kept per block
 
+// What the next run reads where this one reads n elements.
+inline Prefetch a_run_behind(const char* from, Dtype dtype, int64_t n) {
+  return {from + kRun * kTile * size_of(dtype), static_cast<int>(n * size_of(dtype) / 64)};
+}
+
 template <class Real>
 struct BlockProduct {
   const ProjectJob& job;
@@ -18,7 +23,7 @@ struct BlockProduct {
 
   // The tile in the working precision: where it lies, if it lies there as a whole, else in `buffer` with zeros outside the pieces;
   // null if no piece touches it. `covered` grows by the elements covered.
-  const Real* load(uint64_t tile, Real* buffer, Range& covered, Ahead& ahead) const {
+  const Real* load(uint64_t tile, Real* buffer, Range& covered, Prefetch (&ahead)[2]) const {
     const Range range = {tile * kTile, (tile + 1) * kTile};
     const Real* result = nullptr;
     for_each_overlap(pieces, range, [&](const Piece& piece, uint64_t first, uint64_t last) {
@@ -26,7 +31,7 @@ struct BlockProduct {
       const TensorRef& tensor = job.now[piece.tensor];
       const char* from = element_of(job.now, piece, first);
       const auto n = static_cast<int64_t>(last - first);
-      ahead.look(0, from, tensor.dtype, n);
+      ahead[0] = a_run_behind(from, tensor.dtype, n);
       if (n == kTile && job.before == nullptr && tensor.dtype == dtype_of(Real())) {
         result = reinterpret_cast<const Real*>(from);
         return;
@@ -37,7 +42,7 @@ struct BlockProduct {
       if (job.before != nullptr) {
         const char* before = element_of(job.before, piece, first);
         const Dtype dtype = job.before[piece.tensor].dtype;
-        ahead.look(1, before, dtype, n);
+        ahead[1] = a_run_behind(before, dtype, n);
         kernels.subtract(before, dtype, n, to);
       }
       result = buffer;

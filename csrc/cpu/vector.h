@@ -75,19 +75,15 @@ FERRET_HD Call<Halves<V>> calls_of(const PhiloxKeys& keys, Basis basis, uint64_t
 
 // Of two calls at a time: while Philox works on a pair, the words of the pair before are looked up.
 template <class V>
-void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
-                          double* values) {
+void rademacher_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
+                          uint32_t first, int count, double* values) {
   using I = typename V::I;
   constexpr int bits = V::table_bits, look_ups = (32 + bits - 1) / bits;
   alignas(64) int32_t tables[kWordsPerTile][look_ups][1 << bits];
   alignas(64) int32_t words[8][V::lanes];
   const int first_pair = begin / 256, last_pair = (end + 255) / 256;
   int32_t doubled[kTile + kPad];  // a table may read past the tile, into what is never looked up
-  uint32_t total = 0;
-  for (int j = first_pair * 256; j < last_pair * 256; ++j) {
-    doubled[j] = -2 * q[j];
-    total += static_cast<uint32_t>(q[j]);
-  }
+  for (int j = first_pair * 256; j < last_pair * 256; ++j) doubled[j] = -2 * q[j];
   memset(doubled + last_pair * 256, 0, sizeof(int32_t) * kPad);
   for (int word = first_pair * 8; word < last_pair * 8; ++word) {
     for (int n = 0; n < look_ups; ++n) {
@@ -97,7 +93,7 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   const PhiloxKeys keys(stream.seed);
   const auto calls = calls_of_tile<128>(keys, stream.basis, tile);
 
-  I sums[2] = {V::set1(total), V::set1(0u)};
+  I sums[2] = {V::set1(static_cast<uint32_t>(total)), V::set1(0u)};
   const auto look_up_words = [&](int pair, int word) FERRET_INLINE {
     const auto& table = tables[pair * 8 + word];
     const I w = V::load(words[word]);
@@ -109,7 +105,7 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
   };
   const auto take_sums = [&](double* to) FERRET_INLINE {
     V::store_double(to, V::add(sums[0], sums[1]));
-    sums[0] = V::set1(total);
+    sums[0] = V::set1(static_cast<uint32_t>(total));
     sums[1] = V::set1(0u);
   };
   int before = -1;  // the pair whose words are there
@@ -136,26 +132,36 @@ void rademacher_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, S
 // once, so that its calls fill the lanes. values[tile][i] of the tiles that have a q.
 constexpr int kFewColumns = 16;
 
+// values[c] = the sum of the tile's q with the signs of column c.
 template <class V, int columns>
-FERRET_HD void add_where_set(const int32_t* q, const uint16_t (*bits)[4][kRun * 4][2], int tile, const Ahead* ahead,
-                             double* values) {
-  typename V::I set[columns], all = V::set1(0u);
-  for (auto& sum : set) sum = all;
+FERRET_HD void add_signed(const int32_t* q, int32_t total, const uint16_t (*bits)[4][kRun * 4][2], int tile,
+                          const Prefetch* ahead, double* values) {
+  typename V::I set[columns];  // sums of those with the sign -1
+  for (auto& sum : set) sum = V::set1(0u);
   for (int call = 0; call < 4; ++call) {
     for (int m = 0; m < 8; ++m) {
-      if (ahead != nullptr) ahead->prefetch(8 * call + m);
+      if (ahead != nullptr) {
+        const int line = 8 * call + m;
+        ahead[0](line, line + 1);
+        ahead[1](line, line + 1);
+      }
       const auto x = V::load(q + 128 * call + 16 * m);
-      all = V::add(all, x);
       for (int c = 0; c < columns; ++c) set[c] = V::add_where(set[c], bits[c][m / 2][4 * tile + call][m % 2], x);
     }
   }
-  const uint32_t total = V::reduce_add(all);
-  for (int c = 0; c < columns; ++c) values[c] = static_cast<int32_t>(total - 2 * V::reduce_add(set[c]));
+  uint32_t sums[columns];
+  if constexpr (columns % 4 == 0) {
+    for (int c = 0; c < columns; c += 4) V::reduce_add4(set + c, sums + c);
+  } else {
+    for (int c = 0; c < columns; ++c) sums[c] = V::reduce_add(set[c]);
+  }
+  for (int c = 0; c < columns; ++c) values[c] = static_cast<int32_t>(static_cast<uint32_t>(total) - 2 * sums[c]);
 }
 
 template <class V>
-void rademacher_run_sums(const int32_t* const (&q)[kRun], uint64_t first_tile, Stream stream, uint32_t first, int count,
-                         const Ahead* ahead, double (*values)[kFewColumns]) {
+void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)[kRun], uint64_t first_tile,
+                         Stream stream, uint32_t first, int count, const Prefetch (*ahead)[2],
+                         double (*values)[kFewColumns]) {
   using I = typename V::I;
   static_assert(V::lanes == 4 * kRun && kTile == 4 * 128);
   const uint64_t t = first_tile * 4;
@@ -173,28 +179,27 @@ void rademacher_run_sums(const int32_t* const (&q)[kRun], uint64_t first_tile, S
     int i = 0;
     const auto add = [&](auto columns) {
       for (; i + columns <= count; i += columns) {
-        add_where_set<V, columns>(q[tile], bits + i, tile, i == 0 ? ahead + tile : nullptr, values[tile] + i);
+        add_signed<V, columns>(q[tile], total[tile], bits + i, tile, i == 0 ? ahead[tile] : nullptr, values[tile] + i);
       }
     };
-    add(std::integral_constant<int, 6>());
-    add(std::integral_constant<int, 3>());
+    add(std::integral_constant<int, 8>());
+    add(std::integral_constant<int, 4>());
+    add(std::integral_constant<int, 2>());
     add(std::integral_constant<int, 1>());
   }
 }
 
 template <class V>
-void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
-                       double* values) {
+void uniform_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
+                       uint32_t first, int count, double* values) {
   using I = typename V::I;
   const int first_call = begin / 32 * 2, last_call = (end + 31) / 32 * 2;
   int32_t pairs[kTile / 4][2][2];  // [word][even bytes, odd bytes][high, low]
-  int64_t total = 0;
   for (int m = first_call * 4; m < last_call * 4; ++m) {
     for (int odd = 0; odd < 2; ++odd) {
       const PairHalves pair(q[4 * m + odd], q[4 * m + odd + 2]);
       pairs[m][odd][0] = pair.high;
       pairs[m][odd][1] = pair.low;
-      total += static_cast<int64_t>(q[4 * m + odd]) + q[4 * m + odd + 2];
     }
   }
   const PhiloxKeys keys(stream.seed);
@@ -224,8 +229,8 @@ void uniform_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stre
 }
 
 template <class V>
-void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Stream stream, uint32_t first, int count,
-                        double* values) {
+void gaussian_tile_sums(const int32_t* q, int32_t, uint64_t tile, int begin, int end, Stream stream, uint32_t first,
+                        int count, double* values) {
   using I = typename V::I;
   const int first_call = begin / 8 * 2, last_call = (end + 7) / 8 * 2;
   const PhiloxKeys keys(stream.seed);
@@ -244,29 +249,47 @@ void gaussian_tile_sums(const int32_t* q, uint64_t tile, int begin, int end, Str
   }
 }
 
+// The largest bit pattern of the magnitudes, as in to_integers.
+template <class V>
+FERRET_HD float largest_magnitude(const float* x) {
+  typename V::I largest = V::set1(0u);
+  for (int i = 0; i < kTile; i += V::lanes) {
+    largest = V::max_unsigned(largest, V::bit_and(V::load(x + i), V::set1(0x7FFFFFFFu)));
+  }
+  return bits_to_float(V::reduce_max(largest));
+}
+
 // to_integers of elementwise.h; what is rare (tiny elements, one that rounds up to 2^22) is left to it.
 template <class V>
-TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
-  using I = typename V::I;
-  I largest = V::set1(0u);
-  const I magnitude = V::set1(0x7FFFFFFFu);
-  for (int i = 0; i < kTile; i += V::lanes) largest = V::max_unsigned(largest, V::bit_and(V::load(x + i), magnitude));
-  const float bound = bits_to_float(V::reduce_max(largest));
-  if (bound == 0) return TileState::zero;
-  if (!(bound - bound == 0)) return TileState::not_finite;
-  const int n = exponent_of(bound);
+FERRET_HD TileState to_integers_of(const float* x, float largest, TileIntegers<float>& tile) {
+  if (largest == 0) return TileState::zero;
+  if (!(largest - largest == 0)) return TileState::not_finite;
+  const int n = exponent_of(largest);
   if (kDeltaBits - n > 127) return to_integers(x, tile);
   const float scale = power_of_two(kDeltaBits - n, float());
-  if (round_to_int(bound * scale) == 1 << kDeltaBits) return to_integers(x, tile);
+  if (round_to_int(largest * scale) == 1 << kDeltaBits) return to_integers(x, tile);
+  typename V::I total = V::set1(0u);
   for (int i = 0; i < kTile; i += V::lanes) {
-    V::store(tile.q[0] + i, V::round(V::multiply(V::as_float(V::load(x + i)), V::set1(scale))));
+    const auto q = V::round(V::multiply(V::as_float(V::load(x + i)), V::set1(scale)));
+    total = V::add(total, q);
+    V::store(tile.q[0] + i, q);
   }
+  tile.total[0] = static_cast<int32_t>(V::reduce_add(total));
   tile.unit = power_of_two(n - kDeltaBits, double());
   return TileState::finite;
 }
-template <class V>
-TileState to_integers_of(const double* x, TileIntegers<double>& tile) {
-  return to_integers(x, tile);
+
+// The tiles of a run side by side, because every tile waits for its largest magnitude.
+template <class V, class Real>
+FERRET_HD void run_to_integers(const RunProduct<Real>& p, TileIntegers<Real> (&tiles)[kRun],
+                               TileState (&states)[kRun]) {
+  if constexpr (std::is_same_v<Real, float>) {
+    float largest[kRun];
+    for (int i = 0; i < kRun; ++i) largest[i] = p.x[i] == nullptr ? 0 : largest_magnitude<V>(p.x[i]);
+    for (int i = 0; i < kRun; ++i) states[i] = to_integers_of<V>(p.x[i], largest[i], tiles[i]);
+  } else {
+    for (int i = 0; i < kRun; ++i) states[i] = p.x[i] == nullptr ? TileState::zero : to_integers(p.x[i], tiles[i]);
+  }
 }
 
 template <class V, class Real>
@@ -274,7 +297,7 @@ void project_run(const RunProduct<Real>& p) {
   constexpr int limbs = Working<Real>::limbs;
   TileIntegers<Real> tiles[kRun];
   TileState states[kRun];
-  for (int i = 0; i < kRun; ++i) states[i] = p.x[i] == nullptr ? TileState::zero : to_integers_of<V>(p.x[i], tiles[i]);
+  run_to_integers<V>(p, tiles, states);
 
   const auto add = [&](int i, const auto& sums_of_limb) {
     if (states[i] == TileState::not_finite) poison<Real>(p.count, p.sums);
@@ -288,8 +311,12 @@ void project_run(const RunProduct<Real>& p) {
       double values[limbs][kRun][kFewColumns];
       for (int limb = 0; limb < limbs; ++limb) {
         const int32_t* q[kRun];
-        for (int i = 0; i < kRun; ++i) q[i] = states[i] == TileState::finite ? tiles[i].q[limb] : nullptr;
-        rademacher_run_sums<V>(q, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
+        int32_t total[kRun];
+        for (int i = 0; i < kRun; ++i) {
+          q[i] = states[i] == TileState::finite ? tiles[i].q[limb] : nullptr;
+          total[i] = tiles[i].total[limb];
+        }
+        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
       }
       for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
       return;
@@ -301,9 +328,10 @@ void project_run(const RunProduct<Real>& p) {
   alignas(64) double values[limbs][kColumnBatch + kPad];
   for (int i = 0; i < kRun; ++i) {
     const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
-    for (int line = 0; line < kTile * 4 / 64; ++line) p.ahead[i].prefetch(line);
+    for (const Prefetch& ahead : p.ahead[i]) ahead(0, kTile * 4 / 64);
     add(i, [&](int limb) {
-      tile_sums(tiles[i].q[limb], p.tile + i, begin, end, p.stream, p.first, p.count, values[limb]);
+      tile_sums(tiles[i].q[limb], tiles[i].total[limb], p.tile + i, begin, end, p.stream, p.first, p.count,
+                values[limb]);
       return values[limb];
     });
   }
@@ -353,8 +381,8 @@ class RademacherGroup {
     }
   }
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
-           Lanes<V, Real>* h) const {
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, const Prefetch& ahead,
+           bool open, Lanes<V, Real>* h) const {
     alignas(64) int32_t nibbles[16][kGroup / 4][V::lanes];  // [word * 4 + row][quad]
     for (int quad = 0; quad < quads_; ++quad) {
       I w[2][2][4];  // [pair of columns][column][word]
@@ -369,6 +397,7 @@ class RademacherGroup {
       }
     }
     for (int row = 0; row < 16; ++row) {
+      ahead(8 * row, 8 * (row + 1));
       I sums[limbs][8];
       for (int limb = 0; limb < limbs; ++limb) {
         for (int n = 0; n < 8; ++n) sums[limb][n] = V::set1(total_[limb]);
@@ -420,7 +449,7 @@ class UniformGroup {
     }
   }
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, const Prefetch&, bool open,
            Lanes<V, Real>* h) const {
     alignas(64) int32_t words[4][kGroup][V::lanes];
     for (int k = 0; k < 2 * pairs_; k += 2) {
@@ -473,7 +502,7 @@ class GaussianGroup {
  public:
   GaussianGroup(const Group<Real>& group, int columns) : group_(group), columns_(columns) {}
 
-  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, bool open,
+  void add(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, const Prefetch&, bool open,
            Lanes<V, Real>* h) const {
     WideSum<V> sums[limbs][4];
     for (auto& limb : sums) {
@@ -521,7 +550,8 @@ void sum_columns_of(const SpanSum<Real>& s) {
     const BasisGroup<V, Real> group(s.groups[g], columns);
     for (int begin = first_step; begin < s.end; begin += step) {
       const auto calls = calls_of<V>(keys, s.stream.basis, first_call + static_cast<uint64_t>(begin / e));
-      group.add(keys, calls, column, g % kFoldRadix == 0, reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
+      group.add(keys, calls, column, g == 0 && begin == first_step ? s.ahead : Prefetch{}, g % kFoldRadix == 0,
+                reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
     }
     const bool closes = g % kFoldRadix == kFoldRadix - 1 || g == groups - 1;
     if (closes && groups > kFoldRadix) {
