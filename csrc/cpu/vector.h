@@ -537,7 +537,7 @@ template <class V, class Real, template <class, class> class BasisGroup>
 void sum_columns_of(const SpanSum<Real>& s) {
   const int e = elements_per_call(s.stream.basis), step = e * V::lanes;
   const uint64_t first_call = s.span * kSpan / e;
-  const int first_step = s.begin / step * step;
+  const int first_step = s.begin / step * step, last_step = (s.end + step - 1) / step * step;  // lanes are not in order
   const int64_t groups = (s.columns + kGroup - 1) / kGroup;
   const PhiloxKeys keys(s.stream.seed);
   Column<One> column[kGroup];
@@ -548,17 +548,17 @@ void sum_columns_of(const SpanSum<Real>& s) {
       column[k] = {keys, first_call, One{static_cast<uint32_t>(g * kGroup + k)}};
     }
     const BasisGroup<V, Real> group(s.groups[g], columns);
-    for (int begin = first_step; begin < s.end; begin += step) {
+    for (int begin = first_step; begin < last_step; begin += step) {
       const auto calls = calls_of<V>(keys, s.stream.basis, first_call + static_cast<uint64_t>(begin / e));
       group.add(keys, calls, column, g == 0 && begin == first_step ? s.ahead : Prefetch{}, g % kFoldRadix == 0,
                 reinterpret_cast<Lanes<V, Real>*>(s.sums + begin));
     }
     const bool closes = g % kFoldRadix == kFoldRadix - 1 || g == groups - 1;
     if (closes && groups > kFoldRadix) {
-      for (int i = first_step; i < s.end; ++i) total[i] = (g < kFoldRadix ? Real(0) : total[i]) + s.sums[i];
+      for (int i = first_step; i < last_step; ++i) total[i] = (g < kFoldRadix ? Real(0) : total[i]) + s.sums[i];
     }
   }
-  if (groups > kFoldRadix) memcpy(s.sums + first_step, total + first_step, sizeof(Real) * (s.end - first_step));
+  if (groups > kFoldRadix) memcpy(s.sums + first_step, total + first_step, sizeof(Real) * (last_step - first_step));
 }
 
 template <class V, class Real>
