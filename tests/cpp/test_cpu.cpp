@@ -1,4 +1,5 @@
 // Every CPU path and several thread counts against tests/golden.txt, and against one another on plans of odd shape.
+#include <cfenv>
 #include <cmath>
 #include <limits>
 #include <thread>
@@ -88,6 +89,98 @@ static void test_equal_bits() {
   }
 }
 
+static void test_philox_checksum() {
+  for (const uint32_t columns : {3u, 37u}) {
+    for (const uint64_t calls : {1, 131}) {
+      uint32_t expected = 0;
+      for (uint32_t k = 0; k < columns; ++k) {
+        for (uint64_t t = 0; t < calls; ++t) {
+          for (const uint32_t word : stream_words(~uint64_t{6}, Basis::rademacher, t, k).w) expected ^= word;
+        }
+      }
+      for (const std::string& isa : cpu::available_isas()) {
+        cpu::set_isa(isa);
+        check(cpu::philox_checksum(~uint64_t{6}, columns, calls) == expected, "philox_checksum: " + isa);
+      }
+    }
+  }
+}
+
+// Integers of the largest magnitude throughout, where sums and what they are made of come closest to overflowing: all of one
+// sign, and of both by turns.
+static void test_largest_integers() {
+  const Block block = {0, 2048, 256, 0};
+  const Piece piece = {0, 0, 2048, 0, 0};
+  const Plan plan = {&block, 1, &piece, 1};
+  const Update update = {9, 1.0};
+  for (const Basis basis : {Basis::rademacher, Basis::uniform, Basis::gaussian}) {
+    for (const bool wide : {false, true}) {
+      for (const double sign : {1.0, -1.0, 0.0}) {
+        const Dtype dtype = wide ? Dtype::float64 : Dtype::float32;
+        golden::Array x(dtype, 2048), gammas(dtype, 256);
+        const double largest = wide ? 1 - 0x1p-53 : 1 - 0x1p-24;
+        for (int i = 0; i < 2048; ++i) x.set(i, largest * (sign != 0 ? sign : i % 3 == 0 ? 1 : -1));
+        for (int k = 0; k < 256; ++k) gammas.set(k, largest * (sign != 0 ? sign : k % 3 == 0 ? 1 : -1));
+        const TensorRef delta = x.ref();
+        golden::Array expected[2] = {gammas, x};
+        for (const std::string& isa : cpu::available_isas()) {
+          golden::Array gamma = gammas, rebuilt = x;
+          const TensorRef param = rebuilt.ref();
+          cpu::set_isa(isa);
+          cpu::project({plan, &delta, nullptr, {8, basis}, wide, gamma.bytes.data()}, threads(1));
+          cpu::apply({plan, &param, &update, 1, gammas.bytes.data(), 256, basis, 1.0, wide, true}, threads(1));
+          if (isa == "scalar") {
+            expected[0] = gamma;
+            expected[1] = rebuilt;
+          }
+          const std::string name = isa + ", sign " + std::to_string(sign) + ", kind " +
+                                   std::to_string(static_cast<int>(basis)) + (wide ? ", wide" : "");
+          check(gamma.bytes == expected[0].bytes, "project of the largest integers: " + name);
+          check(rebuilt.bytes == expected[1].bytes, "reconstruct of the largest integers: " + name);
+        }
+      }
+    }
+  }
+}
+
+// Another rounding, and denormal numbers taken for 0.
+static void disturb_floating_point() {
+  std::fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
+#elif defined(__aarch64__)
+  uint64_t control;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+  __asm__ volatile("msr fpcr, %0" ::"r"(control | 1 << 24));
+#endif
+}
+
+// The caller's floating-point environment changes no bit, and is the caller's again afterwards.
+static void test_floating_point_environment() {
+  const auto tiny = [](OddPlan odd) {
+    for (int i = 0; i < 1500; ++i) {
+      odd.new_tensors[0].set(i, std::ldexp(i - 700, -149));
+      odd.old_tensors[0].set(i, std::ldexp(i % 7, -140));
+    }
+    return odd;
+  };
+  for (const std::string& isa : cpu::available_isas()) {
+    cpu::set_isa(isa);
+    for (const Basis basis : {Basis::rademacher, Basis::gaussian}) {
+      OddPlan odd = tiny(OddPlan(false));
+      const auto gamma = project(odd, false, basis, 1), params = apply(odd, false, basis, 1);
+      disturb_floating_point();
+      const auto disturbed_gamma = project(odd, false, basis, 1), disturbed_params = apply(odd, false, basis, 1);
+      const bool restored = std::fegetround() == FE_UPWARD;
+      std::fesetenv(FE_DFL_ENV);
+      const std::string name = isa + ", kind " + std::to_string(static_cast<int>(basis));
+      check(disturbed_gamma == gamma, "project in another floating-point environment: " + name);
+      check(disturbed_params == params, "apply in another floating-point environment: " + name);
+      check(restored, "the floating-point environment is restored: " + name);
+    }
+  }
+}
+
 // The first elements of the second tensor belong to no piece, so apply leaves them alone.
 static void test_untouched() {
   OddPlan odd(false);
@@ -135,6 +228,9 @@ int main(int, char** argv) {
     }
   }
   test_equal_bits();
+  test_philox_checksum();
+  test_largest_integers();
+  test_floating_point_environment();
   test_untouched();
   test_not_finite();
   try {
