@@ -19,7 +19,7 @@ FEDERATED = PACKAGE / "federated"
 STANDARD = r"\w+"  # <vector>; no C++ standard header has a dot or a slash in its name
 NATIVE_ARROWS = {
     "core": ({"core"}, STANDARD),
-    "cpu": ({"core", "cpu"}, rf"{STANDARD}|immintrin\.h"),
+    "cpu": ({"core", "cpu"}, rf"{STANDARD}|immintrin\.h|arm_neon\.h"),
     "cuda": ({"core", "cuda"}, rf"{STANDARD}|cuda\w*\.h|nvtx3/.*"),
     "bindings": ({"core", "cpu", "cuda", "bindings"}, r".*"),
 }

@@ -16,6 +16,8 @@ std::vector<const Kernels*> available_kernels() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     kernels.push_back(&kAvx512Kernels);
   }
+#elif defined(__aarch64__)
+  kernels.push_back(&kNeonKernels);  // part of every such processor
 #endif
   return kernels;
 }

@@ -1,4 +1,4 @@
-// The vector paths: one algorithm over a vector type V (avx2.h, avx512.h), compiled once per instruction set.
+// The vector paths: one algorithm over a vector type V (avx2.h, avx512.h, neon.h), compiled once per instruction set.
 //
 // project keeps columns in the lanes; a few consecutive elements q make a table of the subset sums of their -2 q, and each lane's
 // next random bits pick its entry: one look-up serves these elements of every lane's column. A set bit is the sign -1, so a column's
@@ -361,6 +361,24 @@ FERRET_HD void transpose_nibbles(typename V::I (&x)[4]) {
   for (int r = 0; r < 2; ++r) V::template exchange<2>(x[r], x[r + 2], V::set1(0x33333333u));
 }
 
+// What the nibbles of a row pick from one table after the other, added up for each of the 8 nibbles.
+template <class V>
+struct NibbleSums {
+  typename V::I sums[8];
+
+  FERRET_HD explicit NibbleSums(uint32_t start) {
+    for (auto& sum : sums) sum = V::set1(start);
+  }
+  FERRET_HD void add(const int32_t* table, typename V::I row) {
+    unroll(Count<8>(), [&](auto n) FERRET_INLINE {
+      sums[n] = V::add(sums[n], V::template look_up<4>(table, V::template shift_right<4 * n>(row)));
+    });
+  }
+  FERRET_HD void get(typename V::I (&to)[8]) const {
+    for (int n = 0; n < 8; ++n) to[n] = sums[n];
+  }
+};
+
 template <class V, class Real>
 class RademacherGroup {
   using I = typename V::I;
@@ -400,14 +418,9 @@ class RademacherGroup {
       ahead(8 * row, 8 * (row + 1));
       I sums[limbs][8];
       for (int limb = 0; limb < limbs; ++limb) {
-        for (int n = 0; n < 8; ++n) sums[limb][n] = V::set1(total_[limb]);
-        for (int quad = 0; quad < quads_; ++quad) {
-          const I index = V::load(nibbles[row][quad]);
-          unroll(Count<8>(), [&](auto n) FERRET_INLINE {
-            sums[limb][n] = V::add(sums[limb][n],
-                                   V::template look_up<4>(tables_[limb][quad], V::template shift_right<4 * n>(index)));
-          });
-        }
+        NibbleSums<V> nibble_sums(total_[limb]);
+        for (int quad = 0; quad < quads_; ++quad) nibble_sums.add(tables_[limb][quad], V::load(nibbles[row][quad]));
+        nibble_sums.get(sums[limb]);
       }
       for (int n = 0; n < 8; ++n) {
         Real* to = h[row / 4 * 32 + 4 * n + row % 4];

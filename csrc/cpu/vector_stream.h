@@ -1,4 +1,4 @@
-// The stream over the lanes of a vector type V (avx2.h, avx512.h): Philox words of many columns or calls, normal deviates.
+// The stream over the lanes of a vector type V (avx2.h, avx512.h, neon.h): Philox words of many columns or calls, normal deviates.
 #pragma once
 
 #include <utility>
@@ -10,9 +10,11 @@ namespace {
 
 // 32-bit words, each in the low half of a 64-bit one. The high halves may hold anything: a multiplication ignores them, which saves
 // taking products apart. Halves has the lanes of a vector, the even and the odd ones apart; One is a word that all lanes share.
+// low() and high() are the words of a product.
 struct One {
   uint64_t word;
 
+  FERRET_HD One low() const { return *this; }
   FERRET_HD One high() const { return {word >> 32}; }
   FERRET_HD One times(uint32_t factor) const { return {uint64_t{static_cast<uint32_t>(word)} * factor}; }
   FERRET_HD One operator^(uint32_t key) const { return {word ^ key}; }
@@ -24,6 +26,7 @@ struct Halves {
 
   FERRET_HD static Halves split(typename V::I x) { return {x, V::odd_to_even(x)}; }
   FERRET_HD typename V::I join() const { return V::interleave(even, odd); }
+  FERRET_HD Halves low() const { return *this; }
   FERRET_HD Halves high() const { return {V::odd_to_even(even), V::odd_to_even(odd)}; }
   FERRET_HD Halves times(uint32_t factor) const {
     const typename V::I f = V::set1(factor);
@@ -61,12 +64,12 @@ struct Call {
 
   Call() = default;
   FERRET_HD Call(const PhiloxKeys& keys, Basis basis, Words t) {
-    const Words p0 = t.times(kPhiloxMultiplier0);
-    const Words p1 =
+    const auto p0 = t.times(kPhiloxMultiplier0);
+    const auto p1 =
         (p0.high() ^ (kContractTag | static_cast<uint32_t>(basis)) ^ keys.key1[0]).times(kPhiloxMultiplier1);
     x0 = p1.high() ^ keys.key0[1];
-    x1 = p1 ^ keys.key0[2];
-    x2 = p0 ^ keys.key1[1];
+    x1 = p1.low() ^ keys.key0[2];
+    x2 = p0.low() ^ keys.key1[1];
   }
 };
 
@@ -77,11 +80,11 @@ struct Column {
   Column() = default;
   // For calls with the high half of t.
   FERRET_HD Column(const PhiloxKeys& keys, uint64_t t, Words k) {
-    const Words p1 = k.times(kPhiloxMultiplier1);
-    const Words p0 = (p1.high() ^ static_cast<uint32_t>(t >> 32) ^ keys.key0[0]).times(kPhiloxMultiplier0);
-    x0 = p1;
+    const auto p1 = k.times(kPhiloxMultiplier1);
+    const auto p0 = (p1.high() ^ static_cast<uint32_t>(t >> 32) ^ keys.key0[0]).times(kPhiloxMultiplier0);
+    x0 = p1.low();
     x2 = p0.high();
-    x3 = p0 ^ keys.key1[2];
+    x3 = p0.low() ^ keys.key1[2];
   }
 };
 
@@ -108,20 +111,22 @@ FERRET_HD void philox_pair(const PhiloxKeys& keys, const Call<CallWords>& call0,
                            F beside = F()) {
   Halves<V> x[2][4];
   const auto meet = [](const auto& call, const auto& column, Halves<V>(&c)[4]) FERRET_INLINE {
-    c[3] = (column.x0 ^ call.x0).times(kPhiloxMultiplier0);
-    c[1] = (column.x2 ^ call.x2).times(kPhiloxMultiplier1);
-    c[0] = c[1].high() ^ call.x1;
-    c[2] = c[3].high() ^ column.x3;
+    const auto p0 = (column.x0 ^ call.x0).times(kPhiloxMultiplier0);
+    const auto p1 = (column.x2 ^ call.x2).times(kPhiloxMultiplier1);
+    c[0] = p1.high() ^ call.x1;
+    c[1] = p1.low();
+    c[2] = p0.high() ^ column.x3;
+    c[3] = p0.low();
   };
   meet(call0, column0, x[0]);
   meet(call1, column1, x[1]);
   unroll(Count<7>(), [&](auto round) FERRET_INLINE {
     for (auto& c : x) {
-      const Halves<V> p0 = c[0].times(kPhiloxMultiplier0), p1 = c[2].times(kPhiloxMultiplier1);
+      const auto p0 = c[0].times(kPhiloxMultiplier0), p1 = c[2].times(kPhiloxMultiplier1);
       c[0] = p1.high().bit_xor(c[1], keys.key0[3 + round]);
       c[2] = p0.high().bit_xor(c[3], keys.key1[3 + round]);
-      c[1] = p1;
-      c[3] = p0;
+      c[1] = p1.low();
+      c[3] = p0.low();
     }
     beside(round);
   });

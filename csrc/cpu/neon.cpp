@@ -1,0 +1,7 @@
+#include "neon.h"
+
+namespace ferret::cpu {
+
+const Kernels kNeonKernels = {"neon", philox_checksum<Neon>, real_kernels<Neon, float>(), real_kernels<Neon, double>()};
+
+}  // namespace ferret::cpu
