@@ -16,7 +16,7 @@ native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp)
 python := ferret_ext tests benchmarks python_examples csrc setup.py
 
-.PHONY: help demo test test-all cpp-test lint format cuda-build clean
+.PHONY: help demo test test-all cpp-test arm-test lint format cuda-build clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -33,13 +33,19 @@ test-all: $(VENV)/package
 # make cpp-test   the C++ tests: as released, then with AddressSanitizer and UndefinedBehaviorSanitizer
 define ctest
 $(bin)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja -DPython_EXECUTABLE=$(bin)/python \
-	-DFERRET_BINDINGS=OFF -DFERRET_CUDA=OFF -DFERRET_TESTS=ON -DFERRET_WERROR=ON -DFERRET_SANITIZE=$(2)
+	-DFERRET_BINDINGS=OFF -DFERRET_CUDA=OFF -DFERRET_TESTS=ON -DFERRET_WERROR=ON $(2)
 $(bin)/cmake --build $(1)
-$(bin)/ctest --test-dir $(1) --output-on-failure
+$(bin)/ctest --test-dir $(1) --output-on-failure --parallel 2
 endef
 cpp-test: $(VENV)/tools
-	$(call ctest,build/cpp-release,OFF)
-	$(call ctest,build/cpp-sanitized,ON)
+	$(call ctest,build/cpp-release,)
+	$(call ctest,build/cpp-sanitized,-DFERRET_SANITIZE=ON)
+
+# make arm-test   the C++ tests compiled for 64-bit ARM and run under an emulator
+arm-test: $(VENV)/tools
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null \
+		|| { echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(call ctest,build/cpp-aarch64,--toolchain cmake/aarch64.cmake)
 
 # make lint       formatting, common mistakes and types
 lint: $(VENV)/dev

@@ -1,5 +1,8 @@
 # Fails when an object compiled for one instruction set defines a symbol that the linker may merge with another object's.
-list(FILTER OBJECTS INCLUDE REGEX "/avx[^/]*$")
+list(FILTER OBJECTS INCLUDE REGEX "/(avx|neon)[^/]*$")
+if(NOT OBJECTS)
+  message(FATAL_ERROR "no object of a vector path among those of ferret_cpu")
+endif()
 foreach(object IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --demangle --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" weak "${symbols}")
