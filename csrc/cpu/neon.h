@@ -226,8 +226,8 @@ struct EightColumns {
 };
 
 template <>
-void rademacher_tile_sums<Neon>(const int32_t* q, int32_t, uint64_t tile, int begin, int end, Stream stream, uint32_t first,
-                                int count, double* values) {
+void rademacher_tile_sums<Neon>(const int32_t* q, int32_t, uint64_t tile, int begin, int end, Stream stream,
+                                uint32_t first, int count, double* values) {
   HalfWordTables tables[kWordsPerTile][2];
   const int first_call = begin / 128, last_call = (end + 127) / 128;
   int32x4_t magnitudes = vdupq_n_s32(0);
