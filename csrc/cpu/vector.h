@@ -249,19 +249,14 @@ void gaussian_tile_sums(const int32_t* q, int32_t, uint64_t tile, int begin, int
   }
 }
 
-// The largest bit pattern of the magnitudes, as in to_integers.
-template <class V>
-FERRET_HD float largest_magnitude(const float* x) {
-  typename V::I largest = V::set1(0u);
-  for (int i = 0; i < kTile; i += V::lanes) {
-    largest = V::max_unsigned(largest, V::bit_and(V::load(x + i), V::set1(0x7FFFFFFFu)));
-  }
-  return bits_to_float(V::reduce_max(largest));
-}
-
 // to_integers of elementwise.h; what is rare (tiny elements, one that rounds up to 2^22) is left to it.
 template <class V>
-FERRET_HD TileState to_integers_of(const float* x, float largest, TileIntegers<float>& tile) {
+FERRET_HD TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
+  typename V::I magnitudes = V::set1(0u);
+  for (int i = 0; i < kTile; i += V::lanes) {
+    magnitudes = V::max_unsigned(magnitudes, V::bit_and(V::load(x + i), V::set1(0x7FFFFFFFu)));
+  }
+  const float largest = bits_to_float(V::reduce_max(magnitudes));
   if (largest == 0) return TileState::zero;
   if (!(largest - largest == 0)) return TileState::not_finite;
   const int n = exponent_of(largest);
@@ -279,17 +274,9 @@ FERRET_HD TileState to_integers_of(const float* x, float largest, TileIntegers<f
   return TileState::finite;
 }
 
-// The tiles of a run side by side, because every tile waits for its largest magnitude.
-template <class V, class Real>
-FERRET_HD void run_to_integers(const RunProduct<Real>& p, TileIntegers<Real> (&tiles)[kRun],
-                               TileState (&states)[kRun]) {
-  if constexpr (std::is_same_v<Real, float>) {
-    float largest[kRun];
-    for (int i = 0; i < kRun; ++i) largest[i] = p.x[i] == nullptr ? 0 : largest_magnitude<V>(p.x[i]);
-    for (int i = 0; i < kRun; ++i) states[i] = to_integers_of<V>(p.x[i], largest[i], tiles[i]);
-  } else {
-    for (int i = 0; i < kRun; ++i) states[i] = p.x[i] == nullptr ? TileState::zero : to_integers(p.x[i], tiles[i]);
-  }
+template <class V>
+FERRET_HD TileState to_integers_of(const double* x, TileIntegers<double>& tile) {
+  return to_integers(x, tile);
 }
 
 template <class V, class Real>
@@ -297,7 +284,9 @@ void project_run(const RunProduct<Real>& p) {
   constexpr int limbs = Working<Real>::limbs;
   TileIntegers<Real> tiles[kRun];
   TileState states[kRun];
-  run_to_integers<V>(p, tiles, states);
+  for (int i = 0; i < kRun; ++i) {
+    states[i] = p.x[i] == nullptr ? TileState::zero : to_integers_of<V>(p.x[i], tiles[i]);
+  }
 
   const auto add = [&](int i, const auto& sums_of_limb) {
     if (states[i] == TileState::not_finite) poison<Real>(p.count, p.sums);
