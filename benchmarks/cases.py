@@ -63,7 +63,7 @@ def plan_cases(numels: Sequence[int], columns: Sequence[int]) -> tuple[Case, Cas
     """project_difference and apply_ of one update over a tensor and block of each of these lengths and K."""
     plan = make_plan(numels, columns)
     old, new = filled(sum(numels)), filled(sum(numels)).neg_()
-    olds, news = torch.split(old, list(numels)), torch.split(new, list(numels))
+    olds, news = ([part.clone() for part in torch.split(x, list(numels))] for x in (old, new))
     average = sum(d * K for d, K in zip(numels, columns, strict=True)) / sum(numels)
     project = partial(ferret_ext.project_difference, plan, olds, news, SEED)
     apply = partial(ferret_ext.apply_, plan, news, [(SEED, torch.full((plan.K,), 1e-6), 1.0)], 1.0)
