@@ -68,7 +68,20 @@ struct Avx2 {
     return result;
   }
 
-  static constexpr bool has_masks = false;
+  // sums[i] = the sum of the lanes of a[i]
+  FERRET_HD static void reduce_add4(const I* a, uint32_t* sums) {
+    const I x = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    const __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), y);
+  }
+
+  static constexpr int few_columns = 6;  // up to which adding under masks beats looking up
+  // a + b in the lanes whose bit in the part-th byte of the word is set, a elsewhere: the bits go to the signs.
+  template <int part>
+  FERRET_HD static I add_where(I a, const uint32_t* word, I b) {
+    const I bits = _mm256_sllv_epi32(set1(*word), _mm256_sub_epi32(set1(31u - 8 * part), iota()));
+    return add(a, bit_and(shift_right_signed<31>(bits), b));
+  }
 
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }

@@ -67,9 +67,14 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), z);
   }
 
-  static constexpr bool has_masks = true;
-  // a + b in the lanes whose bit is set, a elsewhere.
-  FERRET_HD static I add_where(I a, uint16_t bits, I b) { return _mm512_mask_add_epi32(a, _cvtu32_mask16(bits), a, b); }
+  static constexpr int few_columns = 24;  // up to which adding under masks beats looking up
+  // a + b in the lanes whose bit in the part-th half of the word is set, a elsewhere.
+  template <int part>
+  FERRET_HD static I add_where(I a, const uint32_t* word, I b) {
+    uint16_t bits[2];
+    memcpy(bits, word, sizeof bits);
+    return _mm512_mask_add_epi32(a, _cvtu32_mask16(bits[part]), a, b);
+  }
 
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }

@@ -59,7 +59,7 @@ struct Neon {
   FERRET_HD static uint32_t reduce_max(I a) { return vmaxvq_u32(a); }
   FERRET_HD static uint32_t reduce_add(I a) { return vaddvq_u32(a); }
 
-  static constexpr bool has_masks = false;
+  static constexpr int few_columns = 0;  // not timed
 
   // 16-bit pairs: a.low * b.low + a.high * b.high.
   FERRET_HD static I multiply_pairs(I a, I b) {

@@ -128,26 +128,28 @@ void rademacher_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int be
   take_sums(values + (count - 1) / V::lanes * V::lanes);
 }
 
-// For few columns tables do not pay: 16 bits at a time are the mask of an addition of 16 elements. All tiles of a run are done at
-// once, so that its calls fill the lanes. values[tile][i] of the tiles that have a q.
-constexpr int kFewColumns = 16;
+// For up to V::few_columns columns tables do not pay: as many bits as there are lanes are the mask of an addition. All tiles of a run
+// are done at once, so that its calls fill the lanes of Philox. values[tile][i] of the tiles that have a q.
+
+using CallBits = uint32_t[4][kRun * 4];  // [word][call of the run]
 
 // values[c] = the sum of the tile's q with the signs of column c.
 template <class V, int columns>
-FERRET_HD void add_signed(const int32_t* q, int32_t total, const uint16_t (*bits)[4][kRun * 4][2], int tile,
-                          const Prefetch* ahead, double* values) {
+FERRET_HD void add_signed(const int32_t* q, int32_t total, const CallBits* bits, int tile, const Prefetch* ahead,
+                          double* values) {
   typename V::I set[columns];  // sums of those with the sign -1
   for (auto& sum : set) sum = V::set1(0u);
-  for (int call = 0; call < 4; ++call) {
-    for (int m = 0; m < 8; ++m) {
-      if (ahead != nullptr) {
-        const int line = 8 * call + m;
-        ahead[0](line, line + 1);
-        ahead[1](line, line + 1);
-      }
-      const auto x = V::load(q + 128 * call + 16 * m);
-      for (int c = 0; c < columns; ++c) set[c] = V::add_where(set[c], bits[c][m / 2][4 * tile + call][m % 2], x);
+  for (int m = 0; m < kWordsPerTile; ++m) {
+    if (ahead != nullptr) {
+      ahead[0](2 * m, 2 * m + 2);
+      ahead[1](2 * m, 2 * m + 2);
     }
+    unroll(Count<32 / V::lanes>(), [&](auto part) FERRET_INLINE {
+      const auto x = V::load(q + 32 * m + V::lanes * part);
+      for (int c = 0; c < columns; ++c) {
+        set[c] = V::template add_where<part>(set[c], bits[c][m % 4] + 4 * tile + m / 4, x);
+      }
+    });
   }
   uint32_t sums[columns];
   if constexpr (columns % 4 == 0) {
@@ -161,25 +163,29 @@ FERRET_HD void add_signed(const int32_t* q, int32_t total, const uint16_t (*bits
 template <class V>
 void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)[kRun], uint64_t first_tile,
                          Stream stream, uint32_t first, int count, const Prefetch (*ahead)[2],
-                         double (*values)[kFewColumns]) {
+                         double (*values)[V::few_columns]) {
   using I = typename V::I;
-  static_assert(V::lanes == 4 * kRun && kTile == 4 * 128);
   const uint64_t t = first_tile * 4;
   const PhiloxKeys keys(stream.seed);
-  const auto calls = calls_of<V>(keys, stream.basis, t);
-  alignas(64) uint16_t bits[kFewColumns][4][kRun * 4][2];  // [column][word][call][half of the word]
-  for (int i = 0; i < count; i += 2) {
-    const Column<One> column0 = {keys, t, One{first + i}}, column1 = {keys, t, One{first + i + 1}};
-    I w[2][4];
-    philox_pair<V>(keys, calls, column0, calls, column1, w);
-    for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4], w[word / 4][word % 4]);
+  alignas(64) CallBits bits[V::few_columns];
+  for (int call = 0; call < kRun * 4; call += V::lanes) {
+    const auto calls = calls_of<V>(keys, stream.basis, t + static_cast<uint64_t>(call));
+    for (int i = 0; i < count; i += 2) {
+      const Column<One> column0 = {keys, t, One{first + i}}, column1 = {keys, t, One{first + i + 1}};
+      I w[2][4];
+      philox_pair<V>(keys, calls, column0, calls, column1, w);
+      for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4] + call, w[word / 4][word % 4]);
+    }
   }
   for (int tile = 0; tile < kRun; ++tile) {
     if (q[tile] == nullptr) continue;
     int i = 0;
     const auto add = [&](auto columns) {
-      for (; i + columns <= count; i += columns) {
-        add_signed<V, columns>(q[tile], total[tile], bits + i, tile, i == 0 ? ahead[tile] : nullptr, values[tile] + i);
+      if constexpr (columns <= V::few_columns) {
+        for (; i + columns <= count; i += columns) {
+          add_signed<V, columns>(q[tile], total[tile], bits + i, tile, i == 0 ? ahead[tile] : nullptr,
+                                 values[tile] + i);
+        }
       }
     };
     add(std::integral_constant<int, 8>());
@@ -295,15 +301,14 @@ void project_run(const RunProduct<Real>& p) {
     for (int limb = 0; limb < limbs; ++limb) values[limb] = sums_of_limb(limb);
     add_tile_values<Real>(values, p.count, tiles[i].unit, p.sums);
   };
-  if constexpr (V::has_masks) {
-    if (p.stream.basis == Basis::rademacher && p.count <= kFewColumns) {
-      double values[limbs][kRun][kFewColumns];
+  if constexpr (V::few_columns > 0) {
+    if (p.stream.basis == Basis::rademacher && p.count <= V::few_columns) {
+      double values[limbs][kRun][V::few_columns];
       for (int limb = 0; limb < limbs; ++limb) {
-        const int32_t* q[kRun];
-        int32_t total[kRun];
+        const int32_t* q[kRun] = {};
+        int32_t total[kRun] = {};
         for (int i = 0; i < kRun; ++i) {
-          q[i] = states[i] == TileState::finite ? tiles[i].q[limb] : nullptr;
-          total[i] = tiles[i].total[limb];
+          if (states[i] == TileState::finite) q[i] = tiles[i].q[limb], total[i] = tiles[i].total[limb];
         }
         rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
       }

@@ -181,6 +181,33 @@ static void test_floating_point_environment() {
   }
 }
 
+// Every path has a number of columns up to which it works in another way, and other ways for what is left over.
+static void test_every_number_of_columns() {
+  const golden::Array input = golden::input(Dtype::float32, 5000, 31);
+  for (int64_t columns = 1; columns <= 34; ++columns) {
+    const Block block = {1024, 5000, columns, 0};
+    const Piece piece = {0, 0, 5000, 1024, 0};
+    const Plan plan = {&block, 1, &piece, 1};
+    std::vector<char> expected_gamma, expected_param;
+    for (const std::string& isa : cpu::available_isas()) {  // scalar first
+      cpu::set_isa(isa);
+      golden::Array delta = input, param = input, gamma(Dtype::float32, columns);
+      const TensorRef now = delta.ref(), target = param.ref();
+      cpu::project({plan, &now, nullptr, {42, Basis::rademacher}, false, gamma.bytes.data()}, threads(1));
+      const Update update = {42, 0.5};
+      cpu::apply({plan, &target, &update, 1, gamma.bytes.data(), columns, Basis::rademacher, -0.7, false, false},
+                 threads(1));
+      if (expected_gamma.empty()) {
+        expected_gamma = gamma.bytes;
+        expected_param = param.bytes;
+      }
+      const std::string name = isa + ", " + std::to_string(columns) + " columns";
+      check(gamma.bytes == expected_gamma, "project: " + name);
+      check(param.bytes == expected_param, "apply: " + name);
+    }
+  }
+}
+
 // The first elements of the second tensor belong to no piece, so apply leaves them alone.
 static void test_untouched() {
   OddPlan odd(false);
@@ -231,6 +258,7 @@ int main(int, char** argv) {
   test_philox_checksum();
   test_largest_integers();
   test_floating_point_environment();
+  test_every_number_of_columns();
   test_untouched();
   test_not_finite();
   try {
