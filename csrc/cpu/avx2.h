@@ -127,21 +127,21 @@ struct Avx2 {
     const F before = open ? _mm256_setzero_ps() : _mm256_loadu_ps(h);
     _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale), before));
   }
-  // to[stride * lane + i] = from[lanes * i + lane]
+  // to[stride * lane + i] = from[lanes * i + lane]: halves of two rows apart come together when they are loaded, which leaves 4x4
+  // blocks within the halves.
   FERRET_HD static void transpose(const float* from, float* to, int stride) {
-    F x[8], y[8];
-    for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_ps(from + 8 * i);
-    for (int i = 0; i < 8; i += 4) {  // 4x4 blocks within the halves
-      const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
-      const F c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
-      y[i] = _mm256_shuffle_ps(a, c, 0x44);
-      y[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
-      y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-      y[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(to + stride * i, _mm256_permute2f128_ps(y[i], y[i + 4], 0x20));
-      _mm256_storeu_ps(to + stride * (i + 4), _mm256_permute2f128_ps(y[i], y[i + 4], 0x31));
+    for (int lane = 0; lane < 8; lane += 4) {
+      F x[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* row = from + 8 * i + lane;
+        x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 8 * 4), 1);
+      }
+      const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+      const F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+      _mm256_storeu_ps(to + stride * lane, _mm256_shuffle_ps(a, c, 0x44));
+      _mm256_storeu_ps(to + stride * (lane + 1), _mm256_shuffle_ps(a, c, 0xEE));
+      _mm256_storeu_ps(to + stride * (lane + 2), _mm256_shuffle_ps(b, d, 0x44));
+      _mm256_storeu_ps(to + stride * (lane + 3), _mm256_shuffle_ps(b, d, 0xEE));
     }
   }
   FERRET_HD static void store_double(double* to, I x) {

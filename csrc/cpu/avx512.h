@@ -117,25 +117,24 @@ struct Avx512 {
     const F before = open ? _mm512_setzero_ps() : _mm512_loadu_ps(h);
     _mm512_storeu_ps(h, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale), before));
   }
-  // to[stride * lane + i] = from[lanes * i + lane]
+  // to[stride * lane + i] = from[lanes * i + lane]: quarters of four rows apart come together when they are loaded, which leaves
+  // 4x4 blocks within the quarters.
   FERRET_HD static void transpose(const float* from, float* to, int stride) {
-    F x[16], y[16];
-    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(from + 16 * i);
-    for (int i = 0; i < 16; i += 4) {  // 4x4 blocks within the quarters
-      const F a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
-      const F c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
-      y[i] = _mm512_shuffle_ps(a, c, 0x44);
-      y[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
-      y[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
-      y[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {  // the quarters among themselves
-      const F a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88);
-      const F c = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xDD), d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xDD);
-      _mm512_storeu_ps(to + stride * i, _mm512_shuffle_f32x4(a, b, 0x88));
-      _mm512_storeu_ps(to + stride * (i + 4), _mm512_shuffle_f32x4(c, d, 0x88));
-      _mm512_storeu_ps(to + stride * (i + 8), _mm512_shuffle_f32x4(a, b, 0xDD));
-      _mm512_storeu_ps(to + stride * (i + 12), _mm512_shuffle_f32x4(c, d, 0xDD));
+    for (int lane = 0; lane < 16; lane += 4) {
+      F x[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* row = from + 16 * i + lane;
+        x[i] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+        x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row + 16 * 4), 1);
+        x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row + 16 * 8), 2);
+        x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row + 16 * 12), 3);
+      }
+      const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+      const F c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+      _mm512_storeu_ps(to + stride * lane, _mm512_shuffle_ps(a, c, 0x44));
+      _mm512_storeu_ps(to + stride * (lane + 1), _mm512_shuffle_ps(a, c, 0xEE));
+      _mm512_storeu_ps(to + stride * (lane + 2), _mm512_shuffle_ps(b, d, 0x44));
+      _mm512_storeu_ps(to + stride * (lane + 3), _mm512_shuffle_ps(b, d, 0xEE));
     }
   }
   FERRET_HD static void store_double(double* to, I x) {

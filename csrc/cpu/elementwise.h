@@ -4,7 +4,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -29,59 +29,81 @@ FERRET_HD uint32_t checksum_of(uint64_t seed, uint64_t t, uint32_t k) {
   return words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3];
 }
 
-// Conversions of n elements. The compiler vectorises the plain loops, but knows no instruction for float16.
-template <class T, class Real>
-FERRET_HD void to_real(const T* from, int64_t n, Real* to) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<T, float16_t> && std::is_same_v<Real, float>) {
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    }
+#if defined(__AVX2__) && defined(__F16C__)
+// Eight elements as float32 and back, with the roundings of core/half.h; the compiler makes worse code of those.
+struct EightFloats {
+  FERRET_HD static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+  FERRET_HD static __m256 load(const bfloat16_t* x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits(x)), 16));
   }
-#endif
-  for (; i < n; ++i) to[i] = static_cast<Real>(to_float(from[i]));
-}
+  FERRET_HD static __m256 load(const float16_t* x) { return _mm256_cvtph_ps(bits(x)); }
 
-template <class Real, class T>
-FERRET_HD void from_real(const Real* from, int64_t n, T* to) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<T, float16_t> && std::is_same_v<Real, float>) {
-    for (; i + 8 <= n; i += 8) {
-      const __m256 x = _mm256_loadu_ps(from + i);
-      const __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-      const __m128i is_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
-      const __m128i the_nan = _mm_or_si128(_mm_and_si128(bits, _mm_set1_epi16(-0x8000)), _mm_set1_epi16(0x7E00));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_blendv_epi8(bits, the_nan, is_nan));
-    }
+  FERRET_HD static __m256 zero() { return _mm256_setzero_ps(); }
+  FERRET_HD static __m256 subtract(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+  FERRET_HD static __m256 fused(__m256 a, float b, __m256 c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+
+  FERRET_HD static void store(__m256 x, float* to) { _mm256_storeu_ps(to, x); }
+  FERRET_HD static void store(__m256 x, bfloat16_t* to) {
+    const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    const __m256i half = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    store(_mm256_blendv_epi8(rounded, quiet, is_nan(x)), to);
   }
+  FERRET_HD static void store(__m256 x, float16_t* to) {  // a NaN has one bit pattern
+    const __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    const __m128i nan = _mm_or_si128(_mm_and_si128(bits, _mm_set1_epi16(-0x8000)), _mm_set1_epi16(0x7E00));
+    const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(is_nan(x)), _mm256_extracti128_si256(is_nan(x), 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_blendv_epi8(bits, nan, mask));
+  }
+
+ private:
+  FERRET_HD static __m128i bits(const void* x) { return _mm_loadu_si128(static_cast<const __m128i*>(x)); }
+  FERRET_HD static __m256i is_nan(__m256 x) { return _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
+  FERRET_HD static void store(__m256i x, bfloat16_t* to) {
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
+};
 #endif
-  for (; i < n; ++i) store_rounded(from[i], to + i);
-}
+
+// Each loop does eight elements of T at a time as far as it can, and one at a time what is left.
+template <class Real, class T>
+struct Loop {
+  static constexpr bool by_eight = false;
+};
+#if defined(__AVX2__) && defined(__F16C__)
+template <class T>
+struct Loop<float, T> : EightFloats {
+  static constexpr bool by_eight = !std::is_same_v<T, double>;
+};
+#endif
 
 template <class Real>
 void widen(const void* from, Dtype dtype, int64_t n, Real* to) {
-  with_element_type(dtype, [=](auto* type) { to_real(static_cast<decltype(type)>(const_cast<void*>(from)), n, to); });
-}
-
-// f(first, count) for n elements, as many at a time as a buffer holds.
-inline constexpr int kBuffer = 512;
-template <class F>
-FERRET_HD void in_chunks(int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += kBuffer) f(i, n - i < kBuffer ? n - i : kBuffer);
+  with_element_type(dtype, [=](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Eight = Loop<Real, T>;
+    const T* x = static_cast<const T*>(from);
+    int64_t i = 0;
+    if constexpr (Eight::by_eight) {
+      for (; i + 8 <= n; i += 8) Eight::store(Eight::load(x + i), to + i);
+    }
+    for (; i < n; ++i) to[i] = static_cast<Real>(to_float(x[i]));
+  });
 }
 
 template <class Real>
 void subtract(const void* from, Dtype dtype, int64_t n, Real* inout) {
   with_element_type(dtype, [=](auto* type) {
-    const auto* x = static_cast<decltype(type)>(const_cast<void*>(from));
-    Real buffer[kBuffer];
-    in_chunks(n, [&](int64_t first, int64_t count) {
-      to_real(x + first, count, buffer);
-      for (int64_t i = 0; i < count; ++i) inout[first + i] = buffer[i] - inout[first + i];
-    });
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Eight = Loop<Real, T>;
+    const T* x = static_cast<const T*>(from);
+    int64_t i = 0;
+    if constexpr (Eight::by_eight) {
+      for (; i + 8 <= n; i += 8) Eight::store(Eight::subtract(Eight::load(x + i), Eight::load(inout + i)), inout + i);
+    }
+    for (; i < n; ++i) inout[i] = static_cast<Real>(to_float(x[i])) - inout[i];
   });
 }
 
@@ -97,17 +119,20 @@ void accumulate(const Real* sums, int64_t n, Real weight, bool first, Real* tota
 template <class Real>
 void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param) {
   with_element_type(dtype, [=](auto* type) {
-    auto* p = static_cast<decltype(type)>(param);
-    Real buffer[kBuffer];
-    in_chunks(n, [&](int64_t first, int64_t count) {
-      if (overwrite) {
-        for (int64_t i = 0; i < count; ++i) buffer[i] = fused_multiply_add(sums[first + i], factor, Real(0));
-      } else {
-        to_real(p + first, count, buffer);
-        for (int64_t i = 0; i < count; ++i) buffer[i] = fused_multiply_add(sums[first + i], factor, buffer[i]);
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Eight = Loop<Real, T>;
+    T* p = static_cast<T*>(param);
+    int64_t i = 0;
+    if constexpr (Eight::by_eight) {
+      for (; i + 8 <= n; i += 8) {
+        const auto before = overwrite ? Eight::zero() : Eight::load(p + i);
+        Eight::store(Eight::fused(Eight::load(sums + i), factor, before), p + i);
       }
-      from_real(buffer, count, p + first);
-    });
+    }
+    for (; i < n; ++i) {
+      const Real before = overwrite ? Real(0) : static_cast<Real>(to_float(p[i]));
+      store_rounded(fused_multiply_add(sums[i], factor, before), &p[i]);
+    }
   });
 }
 

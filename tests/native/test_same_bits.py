@@ -115,6 +115,22 @@ def test_results_are_the_same_for_every_instruction_set(
             assert_same_bits(got, scalar)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1e-8, 0.3, 1e4, -3e38, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_is_converted_the_same_way(
+    dtype: torch.dtype, alpha: float, restored_isa: None
+) -> None:
+    """Denormals, infinities and NaNs too, with updates that overflow and underflow."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    results = []
+    for isa in ferret_ext.cpu_capability()["available"]:
+        ferret_ext.set_cpu_isa(isa)
+        param = patterns.clone().view(dtype)
+        ferret_ext.reconstruct_(param, torch.tensor([1.5, -0.25, 3.0]), SEED, alpha=alpha)
+        results.append(param.view(torch.int16))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_results_are_the_same_when_repeated(compute: Callable[[], list[Tensor]]) -> None:
     expected = compute()
     for _ in range(3):
