@@ -1,4 +1,4 @@
-"""FERRET_CPU_ISA chooses the path of a process, and the generator alone makes the same words on every path."""
+"""FERRET_CPU_ISA chooses the path of a process; Philox alone makes the same words on every path."""
 
 import os
 import subprocess
