@@ -88,6 +88,17 @@ struct Column {
   }
 };
 
+// The columns k, k + 1, .. in the lanes.
+template <class V>
+FERRET_HD Column<Halves<V>> columns_of(const PhiloxKeys& keys, uint64_t t, uint32_t k) {
+  return {keys, t, Halves<V>::split(V::add(V::set1(k), V::iota()))};
+}
+// The calls t, t + 1, .. in the lanes; t is a multiple of their number.
+template <class V>
+FERRET_HD Call<Halves<V>> calls_of(const PhiloxKeys& keys, Basis basis, uint64_t t) {
+  return {keys, basis, Halves<V>::split(V::add(V::set1(static_cast<uint32_t>(t)), V::iota()))};
+}
+
 #define FERRET_INLINE __attribute__((always_inline))  // for lambdas, where the compiler would rather call
 
 // f(constant 0), f(constant 1), ..

@@ -1,0 +1,285 @@
+// project over a vector type V: values[i] = sum over a tile of q_j b(j, first + i).
+//
+// Columns are in the lanes; a few consecutive elements q make a table of the subset sums of their -2 q, and each lane's next random
+// bits pick its entry: one look-up serves these elements of every lane's column. A set bit is the sign -1, so a column's sum is the sum
+// of all q plus its entries, modulo 2^32 on the way and exact at the end.
+#pragma once
+
+#include "elementwise.h"
+#include "vector_sums.h"
+
+namespace ferret::cpu {
+namespace {
+
+template <int elements>  // a call
+struct TileCalls {
+  Call<One> call[kTile / elements];
+  FERRET_HD const Call<One>& operator[](int i) const { return call[i]; }
+};
+template <int elements>
+FERRET_HD TileCalls<elements> calls_of_tile(const PhiloxKeys& keys, Basis basis, uint64_t tile) {
+  TileCalls<elements> calls;
+  for (int i = 0; i < kTile / elements; ++i) calls.call[i] = {keys, basis, One{tile * (kTile / elements) + i}};
+  return calls;
+}
+
+// Of two calls at a time: while Philox works on a pair, the words of the pair before are looked up.
+template <class V>
+void rademacher_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
+                          uint32_t first, int count, double* values) {
+  using I = typename V::I;
+  constexpr int bits = V::table_bits, look_ups = (32 + bits - 1) / bits;
+  alignas(64) int32_t tables[kWordsPerTile][look_ups][1 << bits];
+  alignas(64) int32_t words[8][V::lanes];
+  const int first_pair = begin / 256, last_pair = (end + 255) / 256;
+  int32_t doubled[kTile + kPad];  // a table may read past the tile, into what is never looked up
+  for (int j = first_pair * 256; j < last_pair * 256; ++j) doubled[j] = -2 * q[j];
+  memset(doubled + last_pair * 256, 0, sizeof(int32_t) * kPad);
+  for (int word = first_pair * 8; word < last_pair * 8; ++word) {
+    for (int n = 0; n < look_ups; ++n) {
+      V::template store_subset_sums<bits>(tables[word][n], doubled + 32 * word + bits * n);
+    }
+  }
+  const PhiloxKeys keys(stream.seed);
+  const auto calls = calls_of_tile<128>(keys, stream.basis, tile);
+
+  I sums[2] = {V::set1(static_cast<uint32_t>(total)), V::set1(0u)};
+  const auto look_up_words = [&](int pair, int word) FERRET_INLINE {
+    const auto& table = tables[pair * 8 + word];
+    const I w = V::load(words[word]);
+    unroll(Count<look_ups>(), [&](auto n) FERRET_INLINE {
+      sums[n % 2] = V::add(sums[n % 2], V::template look_up<bits>(table[n], V::template shift_right<bits * n>(w)));
+    });
+    V::fence(sums[0]);  // else all look-ups are gathered in one place, and Philox's state is spilled
+    V::fence(sums[1]);
+  };
+  const auto take_sums = [&](double* to) FERRET_INLINE {
+    V::store_double(to, V::add(sums[0], sums[1]));
+    sums[0] = V::set1(static_cast<uint32_t>(total));
+    sums[1] = V::set1(0u);
+  };
+  int before = -1;  // the pair whose words are there
+  for (int i = 0; i < count; i += V::lanes) {
+    const auto columns = columns_of<V>(keys, tile * (kTile / 128), first + static_cast<uint32_t>(i));
+    for (int pair = first_pair; pair < last_pair; ++pair) {
+      I w[2][4];
+      if (before < 0) {
+        philox_pair<V>(keys, calls[2 * pair], columns, calls[2 * pair + 1], columns, w);
+      } else {
+        philox_pair<V>(keys, calls[2 * pair], columns, calls[2 * pair + 1], columns, w,
+                       [&](int word) FERRET_INLINE { look_up_words(before, word); });
+        if (pair == first_pair) take_sums(values + i - V::lanes);
+      }
+      for (int word = 0; word < 8; ++word) V::store(words[word], w[word / 4][word % 4]);
+      before = pair;
+    }
+  }
+  for (int word = 0; word < 8; ++word) look_up_words(before, word);
+  take_sums(values + (count - 1) / V::lanes * V::lanes);
+}
+
+// For up to V::few_columns columns tables do not pay: as many bits as there are lanes are the mask of an addition. All tiles of a run
+// are done at once, so that its calls fill the lanes of Philox. values[tile][i] of the tiles that have a q.
+
+using CallBits = uint32_t[4][kRun * 4];  // [word][call of the run]
+
+// values[c] = the sum of the tile's q with the signs of column c.
+template <class V, int columns>
+FERRET_HD void add_signed(const int32_t* q, int32_t total, const CallBits* bits, int tile, const Prefetch* ahead,
+                          double* values) {
+  typename V::I set[columns];  // sums of those with the sign -1
+  for (auto& sum : set) sum = V::set1(0u);
+  for (int m = 0; m < kWordsPerTile; ++m) {
+    if (ahead != nullptr) {
+      ahead[0](2 * m, 2 * m + 2);
+      ahead[1](2 * m, 2 * m + 2);
+    }
+    unroll(Count<32 / V::lanes>(), [&](auto part) FERRET_INLINE {
+      const auto x = V::load(q + 32 * m + V::lanes * part);
+      for (int c = 0; c < columns; ++c) {
+        set[c] = V::template add_where<part>(set[c], bits[c][m % 4] + 4 * tile + m / 4, x);
+      }
+    });
+  }
+  uint32_t sums[columns];
+  if constexpr (columns % 4 == 0) {
+    for (int c = 0; c < columns; c += 4) V::reduce_add4(set + c, sums + c);
+  } else {
+    for (int c = 0; c < columns; ++c) sums[c] = V::reduce_add(set[c]);
+  }
+  for (int c = 0; c < columns; ++c) values[c] = static_cast<int32_t>(static_cast<uint32_t>(total) - 2 * sums[c]);
+}
+
+template <class V>
+void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)[kRun], uint64_t first_tile,
+                         Stream stream, uint32_t first, int count, const Prefetch (*ahead)[2],
+                         double (*values)[V::few_columns]) {
+  using I = typename V::I;
+  const uint64_t t = first_tile * 4;
+  const PhiloxKeys keys(stream.seed);
+  alignas(64) CallBits bits[V::few_columns];
+  for (int call = 0; call < kRun * 4; call += V::lanes) {
+    const auto calls = calls_of<V>(keys, stream.basis, t + static_cast<uint64_t>(call));
+    for (int i = 0; i < count; i += 2) {
+      const Column<One> column0 = {keys, t, One{first + i}}, column1 = {keys, t, One{first + i + 1}};
+      I w[2][4];
+      philox_pair<V>(keys, calls, column0, calls, column1, w);
+      for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4] + call, w[word / 4][word % 4]);
+    }
+  }
+  for (int tile = 0; tile < kRun; ++tile) {
+    if (q[tile] == nullptr) continue;
+    int i = 0;
+    const auto add = [&](auto columns) {
+      if constexpr (columns <= V::few_columns) {
+        for (; i + columns <= count; i += columns) {
+          add_signed<V, columns>(q[tile], total[tile], bits + i, tile, i == 0 ? ahead[tile] : nullptr,
+                                 values[tile] + i);
+        }
+      }
+    };
+    add(std::integral_constant<int, 8>());
+    add(std::integral_constant<int, 4>());
+    add(std::integral_constant<int, 2>());
+    add(std::integral_constant<int, 1>());
+  }
+}
+
+template <class V>
+void uniform_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
+                       uint32_t first, int count, double* values) {
+  using I = typename V::I;
+  const int first_call = begin / 32 * 2, last_call = (end + 31) / 32 * 2;
+  int32_t pairs[kTile / 4][2][2];  // [word][even bytes, odd bytes][high, low]
+  for (int m = first_call * 4; m < last_call * 4; ++m) {
+    for (int odd = 0; odd < 2; ++odd) {
+      const PairHalves pair(q[4 * m + odd], q[4 * m + odd + 2]);
+      pairs[m][odd][0] = pair.high;
+      pairs[m][odd][1] = pair.low;
+    }
+  }
+  const PhiloxKeys keys(stream.seed);
+  const auto calls = calls_of_tile<16>(keys, stream.basis, tile);
+  const I even_bytes = V::set1(0x00FF00FFu);
+  for (int i = 0; i < count; i += V::lanes) {
+    const auto columns = columns_of<V>(keys, tile * (kTile / 16), first + static_cast<uint32_t>(i));
+    I high = V::set1(0u), low = V::set1(0u);
+    for (int call = first_call; call < last_call; call += 2) {
+      I w[2][4];
+      philox_pair<V>(keys, calls[call], columns, calls[call + 1], columns, w);
+      for (int word = 0; word < 8; ++word) {
+        const auto& pair = pairs[call * 4 + word];
+        const I x = w[word / 4][word % 4];
+        const I bytes[2] = {V::bit_and(x, even_bytes), V::bit_and(V::template shift_right<8>(x), even_bytes)};
+        for (int odd = 0; odd < 2; ++odd) {
+          high = V::add(high, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][0]))));
+          low = V::add(low, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][1]))));
+        }
+      }
+    }
+    int32_t highs[V::lanes], lows[V::lanes];
+    V::store(highs, high);
+    V::store(lows, low);
+    for (int lane = 0; lane < V::lanes; ++lane) values[i + lane] = uniform_sum(highs[lane], lows[lane], total);
+  }
+}
+
+template <class V>
+void gaussian_tile_sums(const int32_t* q, int32_t, uint64_t tile, int begin, int end, Stream stream, uint32_t first,
+                        int count, double* values) {
+  using I = typename V::I;
+  const int first_call = begin / 8 * 2, last_call = (end + 7) / 8 * 2;
+  const PhiloxKeys keys(stream.seed);
+  const auto calls = calls_of_tile<4>(keys, stream.basis, tile);
+  for (int i = 0; i < count; i += V::lanes) {
+    const auto columns = columns_of<V>(keys, tile * (kTile / 4), first + static_cast<uint32_t>(i));
+    WideSum<V> sum;
+    sum.clear();
+    for (int call = first_call; call < last_call; call += 2) {
+      I w[2][4], b[8];
+      philox_pair<V>(keys, calls[call], columns, calls[call + 1], columns, w);
+      for (int i = 0; i < 2; ++i) box_muller<V, 2>(w[i], b + 4 * i);
+      for (int e = 0; e < 8; ++e) sum.add_product(b[e], V::set1(static_cast<uint32_t>(q[4 * call + e])));
+    }
+    sum.store(values + i);
+  }
+}
+
+// to_integers of elementwise.h; what is rare (tiny elements, one that rounds up to 2^22) is left to it.
+template <class V>
+FERRET_HD TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
+  typename V::I magnitudes = V::set1(0u);
+  for (int i = 0; i < kTile; i += V::lanes) {
+    magnitudes = V::max_unsigned(magnitudes, V::bit_and(V::load(x + i), V::set1(0x7FFFFFFFu)));
+  }
+  const float largest = bits_to_float(V::reduce_max(magnitudes));
+  if (largest == 0) return TileState::zero;
+  if (!(largest - largest == 0)) return TileState::not_finite;
+  const int n = exponent_of(largest);
+  if (kDeltaBits - n > 127) return to_integers(x, tile);
+  const float scale = power_of_two(kDeltaBits - n, float());
+  if (round_to_int(largest * scale) == 1 << kDeltaBits) return to_integers(x, tile);
+  typename V::I total = V::set1(0u);
+  for (int i = 0; i < kTile; i += V::lanes) {
+    const auto q = V::round(V::multiply(V::as_float(V::load(x + i)), V::set1(scale)));
+    total = V::add(total, q);
+    V::store(tile.q[0] + i, q);
+  }
+  tile.total[0] = static_cast<int32_t>(V::reduce_add(total));
+  tile.unit = power_of_two(n - kDeltaBits, double());
+  return TileState::finite;
+}
+
+template <class V>
+FERRET_HD TileState to_integers_of(const double* x, TileIntegers<double>& tile) {
+  return to_integers(x, tile);
+}
+
+template <class V, class Real>
+void project_run(const RunProduct<Real>& p) {
+  constexpr int limbs = Working<Real>::limbs;
+  TileIntegers<Real> tiles[kRun];
+  TileState states[kRun];
+  for (int i = 0; i < kRun; ++i) {
+    states[i] = p.x[i] == nullptr ? TileState::zero : to_integers_of<V>(p.x[i], tiles[i]);
+  }
+
+  const auto add = [&](int i, const auto& sums_of_limb) {
+    if (states[i] == TileState::not_finite) poison<Real>(p.count, p.sums);
+    if (states[i] != TileState::finite) return;
+    const double* values[limbs];
+    for (int limb = 0; limb < limbs; ++limb) values[limb] = sums_of_limb(limb);
+    add_tile_values<Real>(values, p.count, tiles[i].unit, p.sums);
+  };
+  if constexpr (V::few_columns > 0) {
+    if (p.stream.basis == Basis::rademacher && p.count <= V::few_columns) {
+      double values[limbs][kRun][V::few_columns];
+      for (int limb = 0; limb < limbs; ++limb) {
+        const int32_t* q[kRun] = {};
+        int32_t total[kRun] = {};
+        for (int i = 0; i < kRun; ++i) {
+          if (states[i] == TileState::finite) q[i] = tiles[i].q[limb], total[i] = tiles[i].total[limb];
+        }
+        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
+      }
+      for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
+      return;
+    }
+  }
+  const auto tile_sums = p.stream.basis == Basis::rademacher ? rademacher_tile_sums<V>
+                         : p.stream.basis == Basis::uniform  ? uniform_tile_sums<V>
+                                                             : gaussian_tile_sums<V>;
+  alignas(64) double values[limbs][kColumnBatch + kPad];
+  for (int i = 0; i < kRun; ++i) {
+    const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
+    for (const Prefetch& ahead : p.ahead[i]) ahead(0, kTile * 4 / 64);
+    add(i, [&](int limb) {
+      tile_sums(tiles[i].q[limb], tiles[i].total[limb], p.tile + i, begin, end, p.stream, p.first, p.count,
+                values[limb]);
+      return values[limb];
+    });
+  }
+}
+
+}  // namespace
+}  // namespace ferret::cpu
