@@ -75,6 +75,7 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), y);
   }
 
+  static constexpr int dot_columns = 0;
   static constexpr int few_columns = 6;  // up to which adding under masks beats looking up
   // a + b in the lanes whose bit in the part-th byte of the word is set, a elsewhere: the bits go to the signs.
   template <int part>
@@ -83,8 +84,8 @@ struct Avx2 {
     return add(a, bit_and(shift_right_signed<31>(bits), b));
   }
 
-  // 16-bit pairs: a.low * b.low + a.high * b.high.
-  FERRET_HD static I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
+  // 16-bit pairs: sum + a.low * b.low + a.high * b.high.
+  FERRET_HD static I add_products(I sum, I a, I b) { return add(sum, _mm256_madd_epi16(a, b)); }
 
   // Tables of 2^bits subset sums: table[i] = the sum of those of x[0], x[1], .. whose bit (1, 2, ..) is set in i.
   static constexpr int table_bits = 3;  // the width of which look-ups serve most bits an instruction

@@ -57,16 +57,21 @@ struct Avx512 {
   FERRET_HD static uint32_t reduce_max(I a) { return _mm512_reduce_max_epu32(a); }
   FERRET_HD static uint32_t reduce_add(I a) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(a)); }
 
-  // sums[i] = the sum of the lanes of a[i]
-  FERRET_HD static void reduce_add4(const I* a, uint32_t* sums) {
+  // Lane i of each quarter = the sum of that quarter of a[i].
+  FERRET_HD static I add_within_quarters(const I* a) {
     const I ab = add(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
     const I cd = add(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-    const I x = add(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    return add(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  }
+  // sums[i] = the sum of the lanes of a[i]
+  FERRET_HD static void reduce_add4(const I* a, uint32_t* sums) {
+    const I x = add_within_quarters(a);
     const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
     const __m128i z = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), z);
   }
 
+  static constexpr int dot_columns = 0;   // up to which dot products of bytes beat looking up
   static constexpr int few_columns = 24;  // up to which adding under masks beats looking up
   // a + b in the lanes whose bit in the part-th half of the word is set, a elsewhere.
   template <int part>
@@ -76,8 +81,8 @@ struct Avx512 {
     return _mm512_mask_add_epi32(a, _cvtu32_mask16(bits[part]), a, b);
   }
 
-  // 16-bit pairs: a.low * b.low + a.high * b.high.
-  FERRET_HD static I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
+  // 16-bit pairs: sum + a.low * b.low + a.high * b.high.
+  FERRET_HD static I add_products(I sum, I a, I b) { return add(sum, _mm512_madd_epi16(a, b)); }
 
   // Tables of 2^bits subset sums: table[i] = the sum of those of x[0], x[1], .. whose bit (1, 2, ..) is set in i.
   static constexpr int table_bits = 4;  // the width of which look-ups serve most bits an instruction

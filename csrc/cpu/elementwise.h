@@ -51,44 +51,100 @@ struct EightHalves {
 };
 #endif
 
-// Each loop does eight elements of T at a time where it can, and one at a time what is left.
+#define FERRET_CALLED __attribute__((noinline))  // inlined with a constant n, GCC warns of loops that never end
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// Sixteen elements of 16 bits as float32 and back.
+struct SixteenHalves {
+  FERRET_HD static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+  FERRET_HD static __m512 load(const float16_t* x) { return _mm512_cvtph_ps(bits(x)); }
+  FERRET_HD static __m512 load(const bfloat16_t* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits(x)), 16));
+  }
+  FERRET_HD static __m512 zero() { return _mm512_setzero_ps(); }
+  FERRET_HD static __m512 subtract(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+  FERRET_HD static __m512 fused(__m512 a, float b, __m512 c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+
+  FERRET_HD static void store(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
+  FERRET_HD static void store(__m512 x, float16_t* to) {  // a NaN has one bit pattern
+    const __m256i rounded = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i nan =
+        _mm256_or_si256(_mm256_and_si256(rounded, _mm256_set1_epi16(-0x8000)), _mm256_set1_epi16(0x7E00));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_mask_blend_epi16(is_nan, rounded, nan));
+  }
+  FERRET_HD static void store(__m512 x, bfloat16_t* to) {
+    const __m512i all = _mm512_castps_si512(x), high = _mm512_srli_epi32(all, 16);
+    const __m512i even = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(all, even), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+  }
+
+ private:
+  FERRET_HD static __m256i bits(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+};
+#endif
+
+// Each loop does `width` elements of T at a time where it can, and one at a time what is left.
 template <class Real, class T>
 struct Loop {
-  static constexpr bool by_eight = false;
+  static constexpr int width = 1;
 };
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+template <>
+struct Loop<float, bfloat16_t> : SixteenHalves {
+  static constexpr int width = 16;
+};
+template <>
+struct Loop<float, float16_t> : SixteenHalves {
+  static constexpr int width = 16;
+};
+#elif defined(__AVX2__) && defined(__F16C__)
 template <>
 struct Loop<float, float16_t> : EightHalves {
-  static constexpr bool by_eight = true;
+  static constexpr int width = 8;
 };
 #endif
 
 template <class Real>
-void widen(const void* from, Dtype dtype, int64_t n, Real* to) {
+FERRET_CALLED void widen(const void* from, Dtype dtype, int64_t n, Real* to) {
   with_element_type(dtype, [=](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Eight = Loop<Real, T>;
+    using Wide = Loop<Real, T>;
     const T* x = static_cast<const T*>(from);
     int64_t i = 0;
-    if constexpr (Eight::by_eight) {
-      for (; i + 8 <= n; i += 8) Eight::store(Eight::load(x + i), to + i);
+    if constexpr (Wide::width > 1) {
+      for (; i + Wide::width <= n; i += Wide::width) Wide::store(Wide::load(x + i), to + i);
     }
     for (; i < n; ++i) to[i] = static_cast<Real>(to_float(x[i]));
   });
 }
 
 template <class Real>
-void subtract(const void* from, Dtype dtype, int64_t n, Real* inout) {
+FERRET_CALLED void subtract(const void* from, Dtype dtype, int64_t n, Real* inout) {
   with_element_type(dtype, [=](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Eight = Loop<Real, T>;
+    using Wide = Loop<Real, T>;
     const T* x = static_cast<const T*>(from);
     int64_t i = 0;
-    if constexpr (Eight::by_eight) {
-      for (; i + 8 <= n; i += 8) Eight::store(Eight::subtract(Eight::load(x + i), Eight::load(inout + i)), inout + i);
+    if constexpr (Wide::width > 1) {
+      for (; i + Wide::width <= n; i += Wide::width)
+        Wide::store(Wide::subtract(Wide::load(x + i), Wide::load(inout + i)), inout + i);
     }
     for (; i < n; ++i) inout[i] = static_cast<Real>(to_float(x[i])) - inout[i];
   });
+}
+
+// The tile in the working precision, in `buffer` unless it lies in memory so; null for zeros.
+template <class Real>
+const Real* in_working_precision(const TileSource& x, Real* buffer) {
+  if (x.before == nullptr && x.dtype == dtype_of(Real())) return static_cast<const Real*>(x.now);
+  if (x.now == nullptr) return nullptr;
+  widen(x.now, x.dtype, kTile, buffer);
+  if (x.before != nullptr) subtract(x.before, x.dtype, kTile, buffer);
+  return buffer;
 }
 
 template <class Real>
@@ -104,13 +160,13 @@ template <class Real>
 void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param) {
   with_element_type(dtype, [=](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Eight = Loop<Real, T>;
+    using Wide = Loop<Real, T>;
     T* p = static_cast<T*>(param);
     int64_t i = 0;
-    if constexpr (Eight::by_eight) {
-      for (; i + 8 <= n; i += 8) {
-        const auto before = overwrite ? Eight::zero() : Eight::load(p + i);
-        Eight::store(Eight::fused(Eight::load(sums + i), factor, before), p + i);
+    if constexpr (Wide::width > 1) {
+      for (; i + Wide::width <= n; i += Wide::width) {
+        const auto before = overwrite ? Wide::zero() : Wide::load(p + i);
+        Wide::store(Wide::fused(Wide::load(sums + i), factor, before), p + i);
       }
     }
     if (overwrite) {

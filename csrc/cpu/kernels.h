@@ -14,17 +14,68 @@ inline constexpr int kPad = 16;           // buffers over columns are readable a
 // Memory that is read soon. Arithmetic comes in long stretches without a load, in which memory would idle were it not asked for.
 struct Prefetch {
   const char* from;
-  int lines;  // of 64 bytes
+  int lines;       // of 64 bytes
+  int period = 0;  // bytes; what is read after that lies so far behind it
 
   FERRET_HD void operator()(int first, int last) const {
     for (int line = first; line < last && line < lines; ++line) __builtin_prefetch(from + 64 * line);
   }
 };
 
+// The lines of several ranges, a few a call, so that memory works beside the arithmetic and not in turn with it.
+// A line is asked into the second-level cache two periods before it is asked into the first: of requests into the first only some
+// 16 can be under way, too few for memory's latency.
+class LinesAhead {
+ public:
+  // In `calls` calls all are asked for.
+  FERRET_HD LinesAhead(const Prefetch* ranges, int count, int calls) : range_(ranges), end_(ranges + count) {
+    int all = 0;
+    for (const Prefetch* range = range_; range != end_; ++range) all += range->lines;
+    at_once_ = (all + calls - 1) / calls;
+  }
+  FERRET_HD void operator()() {
+    one();
+    for (int i = 1; i < at_once_; ++i) one();
+  }
+
+ private:
+  FERRET_HD void one() {
+    if (line_ == last_) {
+      if (!next_range()) return;
+    }
+    __builtin_prefetch(line_);
+    __builtin_prefetch(line_ + 2 * period_, 0, 1);
+    line_ += 64;
+  }
+  bool next_range() {
+    for (; range_ != end_; ++range_) {
+      if (range_->lines == 0) continue;
+      line_ = range_->from, last_ = line_ + 64 * range_->lines, period_ = range_->period;
+      ++range_;
+      return true;
+    }
+    return false;
+  }
+
+  const Prefetch* range_;
+  const Prefetch* end_;
+  const char* line_ = nullptr;
+  const char* last_ = nullptr;
+  int64_t period_ = 0;
+  int at_once_;
+};
+
+// A tile as it lies in memory: the elements at `now`, or those at `before` less those; without `now` zeros.
+struct TileSource {
+  const void* now = nullptr;
+  const void* before = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
 // A run of tiles of the working precision against the columns [first, first + count).
 template <class Real>
 struct RunProduct {
-  const Real* x[kRun];      // [kTile] each, or null for zeros; zero outside the block
+  TileSource x[kRun];       // zero outside the block
   Prefetch ahead[kRun][2];  // what the next run reads in the tile's place, of up to two tensors
   uint64_t tile;            // stream index / kTile of the first, a multiple of kRun
   int begin, end;           // the part of the run that may be nonzero
@@ -87,6 +138,7 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif

@@ -59,12 +59,14 @@ struct Neon {
   FERRET_HD static uint32_t reduce_max(I a) { return vmaxvq_u32(a); }
   FERRET_HD static uint32_t reduce_add(I a) { return vaddvq_u32(a); }
 
+  static constexpr int dot_columns = 0;
   static constexpr int few_columns = 0;  // not timed
 
-  // 16-bit pairs: a.low * b.low + a.high * b.high.
-  FERRET_HD static I multiply_pairs(I a, I b) {
+  // 16-bit pairs: sum + a.low * b.low + a.high * b.high.
+  FERRET_HD static I add_products(I sum, I a, I b) {
     const int16x8_t x = vreinterpretq_s16_u32(a), y = vreinterpretq_s16_u32(b);
-    return vreinterpretq_u32_s32(vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+    return add(sum,
+               vreinterpretq_u32_s32(vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y))));
   }
 
   // first + the 16 subset sums of the lanes of x: byte i of plane p is byte p of sum i.

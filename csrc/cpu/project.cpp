@@ -11,7 +11,8 @@ constexpr int64_t kPartialLimit = int64_t{1} << 21;  // float64 node sums kept p
 
 // What the next run reads where this one reads n elements.
 inline Prefetch a_run_behind(const char* from, Dtype dtype, int64_t n) {
-  return {from + kRun * kTile * size_of(dtype), static_cast<int>(n * size_of(dtype) / 64)};
+  const int period = kRun * kTile * size_of(dtype);
+  return {from + period, static_cast<int>(n * size_of(dtype) / 64), period};
 }
 
 template <class Real>
@@ -21,31 +22,29 @@ struct BlockProduct {
   BlockPieces pieces;
   Range elements;
 
-  // The tile in the working precision: where it lies, if it lies there as a whole, else in `buffer` with zeros outside the pieces;
-  // null if no piece touches it. `covered` grows by the elements covered.
-  const Real* load(uint64_t tile, Real* buffer, Range& covered, Prefetch (&ahead)[2]) const {
+  // The tile where it lies, if it lies there as a whole, else in `buffer`, in the working precision and with zeros outside the pieces.
+  // `covered` grows by the elements covered.
+  TileSource find(uint64_t tile, Real* buffer, Range& covered, Prefetch (&ahead)[2]) const {
     const Range range = {tile * kTile, (tile + 1) * kTile};
-    const Real* result = nullptr;
+    TileSource result;
     for_each_overlap(pieces, range, [&](const Piece& piece, uint64_t first, uint64_t last) {
       covered = {std::min(covered.begin, first), std::max(covered.end, last)};
-      const TensorRef& tensor = job.now[piece.tensor];
-      const char* from = element_of(job.now, piece, first);
+      const Dtype dtype = job.now[piece.tensor].dtype;
+      const Dtype dtype_before = job.before == nullptr ? dtype : job.before[piece.tensor].dtype;
+      const char* now = element_of(job.now, piece, first);
+      const char* before = job.before == nullptr ? nullptr : element_of(job.before, piece, first);
       const auto n = static_cast<int64_t>(last - first);
-      ahead[0] = a_run_behind(from, tensor.dtype, n);
-      if (n == kTile && job.before == nullptr && tensor.dtype == dtype_of(Real())) {
-        result = reinterpret_cast<const Real*>(from);
+      ahead[0] = a_run_behind(now, dtype, n);
+      if (before != nullptr) ahead[1] = a_run_behind(before, dtype_before, n);
+      if (n == kTile && dtype == dtype_before) {
+        result = {now, before, dtype};
         return;
       }
-      if (result == nullptr && n < kTile) std::fill(buffer, buffer + kTile, Real(0));
+      if (result.now == nullptr && n < kTile) std::fill(buffer, buffer + kTile, Real(0));
       Real* to = buffer + (first - range.begin);
-      kernels.widen(from, tensor.dtype, n, to);
-      if (job.before != nullptr) {
-        const char* before = element_of(job.before, piece, first);
-        const Dtype dtype = job.before[piece.tensor].dtype;
-        ahead[1] = a_run_behind(before, dtype, n);
-        kernels.subtract(before, dtype, n, to);
-      }
-      result = buffer;
+      kernels.widen(now, dtype, n, to);
+      if (before != nullptr) kernels.subtract(before, dtype_before, n, to);
+      result = {buffer, nullptr, dtype_of(Real())};
     });
     return result;
   }
@@ -57,7 +56,7 @@ struct BlockProduct {
     Range covered = {~uint64_t{0}, 0};
     for (int i = 0; i < kRun; ++i) {
       const uint64_t tile = run * kRun + i;
-      if (tiles.begin <= tile && tile < tiles.end) product.x[i] = load(tile, buffers[i], covered, product.ahead[i]);
+      if (tiles.begin <= tile && tile < tiles.end) product.x[i] = find(tile, buffers[i], covered, product.ahead[i]);
     }
     if (covered.begin >= covered.end) return;
     product.begin = static_cast<int>(covered.begin - run * kRun * kTile);

@@ -19,8 +19,10 @@ int64_t tile_sum(const int32_t* q, uint64_t tile, int begin, int end, Stream str
 template <class Real>
 void project_run(const RunProduct<Real>& p) {
   for (int i = 0; i < kRun; ++i) {
+    Real buffer[kTile];
+    const Real* x = in_working_precision(p.x[i], buffer);
     TileIntegers<Real> tile;
-    const TileState state = p.x[i] == nullptr ? TileState::zero : to_integers(p.x[i], tile);
+    const TileState state = x == nullptr ? TileState::zero : to_integers(x, tile);
     if (state == TileState::not_finite) poison<Real>(p.count, p.sums);
     if (state != TileState::finite) continue;
     const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);

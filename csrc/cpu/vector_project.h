@@ -5,8 +5,7 @@
 // of all q plus its entries, modulo 2^32 on the way and exact at the end.
 #pragma once
 
-#include "elementwise.h"
-#include "vector_sums.h"
+#include "vector_dots.h"
 
 namespace ferret::cpu {
 namespace {
@@ -85,15 +84,12 @@ using CallBits = uint32_t[4][kRun * 4];  // [word][call of the run]
 
 // values[c] = the sum of the tile's q with the signs of column c.
 template <class V, int columns>
-FERRET_HD void add_signed(const int32_t* q, int32_t total, const CallBits* bits, int tile, const Prefetch* ahead,
+FERRET_HD void add_signed(const int32_t* q, int32_t total, const CallBits* bits, int tile, LinesAhead& ahead,
                           double* values) {
   typename V::I set[columns];  // sums of those with the sign -1
   for (auto& sum : set) sum = V::set1(0u);
   for (int m = 0; m < kWordsPerTile; ++m) {
-    if (ahead != nullptr) {
-      ahead[0](2 * m, 2 * m + 2);
-      ahead[1](2 * m, 2 * m + 2);
-    }
+    ahead();
     unroll(Count<32 / V::lanes>(), [&](auto part) FERRET_INLINE {
       const auto x = V::load(q + 32 * m + V::lanes * part);
       for (int c = 0; c < columns; ++c) {
@@ -112,8 +108,7 @@ FERRET_HD void add_signed(const int32_t* q, int32_t total, const CallBits* bits,
 
 template <class V>
 void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)[kRun], uint64_t first_tile,
-                         Stream stream, uint32_t first, int count, const Prefetch (*ahead)[2],
-                         double (*values)[V::few_columns]) {
+                         Stream stream, uint32_t first, int count, LinesAhead ahead, double (*values)[V::few_columns]) {
   using I = typename V::I;
   const uint64_t t = first_tile * 4;
   const PhiloxKeys keys(stream.seed);
@@ -133,8 +128,7 @@ void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)
     const auto add = [&](auto columns) {
       if constexpr (columns <= V::few_columns) {
         for (; i + columns <= count; i += columns) {
-          add_signed<V, columns>(q[tile], total[tile], bits + i, tile, i == 0 ? ahead[tile] : nullptr,
-                                 values[tile] + i);
+          add_signed<V, columns>(q[tile], total[tile], bits + i, tile, ahead, values[tile] + i);
         }
       }
     };
@@ -145,9 +139,49 @@ void rademacher_run_sums(const int32_t* const (&q)[kRun], const int32_t (&total)
   }
 }
 
+// sum q u over a tile and the columns first, first + 1, .. for bytes u, as sums of three signed digits' products: q = a + 2^8 b + 2^16 c.
+template <class V>
+void uniform_tile_dots(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
+                       uint32_t first, int count, double* values) {
+  using I = typename V::I;
+  const int first_call = begin / 32 * 2, last_call = (end + 31) / 32 * 2;
+  int8_t digits[3][kTile];
+  for (int j = first_call * 16; j < last_call * 16; ++j) {
+    const int32_t a = static_cast<int8_t>(q[j]), b = static_cast<int8_t>((q[j] - a) >> 8);
+    digits[0][j] = static_cast<int8_t>(a);
+    digits[1][j] = static_cast<int8_t>(b);
+    digits[2][j] = static_cast<int8_t>((((q[j] - a) >> 8) - b) >> 8);
+  }
+  const PhiloxKeys keys(stream.seed);
+  const auto calls = calls_of_tile<16>(keys, stream.basis, tile);
+  for (int i = 0; i < count; i += V::lanes) {
+    const auto columns = columns_of<V>(keys, tile * (kTile / 16), first + static_cast<uint32_t>(i));
+    I sums[3] = {V::set1(0u), V::set1(0u), V::set1(0u)};
+    for (int call = first_call; call < last_call; call += 2) {
+      I w[2][4];
+      philox_pair<V>(keys, calls[call], columns, calls[call + 1], columns, w);
+      for (int word = 0; word < 8; ++word) {
+        for (int m = 0; m < 3; ++m) {
+          uint32_t four;
+          memcpy(&four, digits[m] + 16 * call + 4 * word, sizeof four);
+          sums[m] = V::dot(sums[m], w[word / 4][word % 4], V::set1(four));
+        }
+      }
+    }
+    int32_t lanes[3][V::lanes];
+    for (int m = 0; m < 3; ++m) V::store(lanes[m], sums[m]);
+    for (int lane = 0; lane < V::lanes; ++lane) {
+      const double sum = lanes[0][lane] + 256.0 * lanes[1][lane] + 65536.0 * lanes[2][lane];
+      values[i + lane] = 2.0 * sum - 255.0 * static_cast<double>(total);
+    }
+  }
+}
+
 template <class V>
 void uniform_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin, int end, Stream stream,
                        uint32_t first, int count, double* values) {
+  if constexpr (V::dot_columns > 0)
+    return uniform_tile_dots<V>(q, total, tile, begin, end, stream, first, count, values);
   using I = typename V::I;
   const int first_call = begin / 32 * 2, last_call = (end + 31) / 32 * 2;
   int32_t pairs[kTile / 4][2][2];  // [word][even bytes, odd bytes][high, low]
@@ -172,8 +206,8 @@ void uniform_tile_sums(const int32_t* q, int32_t total, uint64_t tile, int begin
         const I x = w[word / 4][word % 4];
         const I bytes[2] = {V::bit_and(x, even_bytes), V::bit_and(V::template shift_right<8>(x), even_bytes)};
         for (int odd = 0; odd < 2; ++odd) {
-          high = V::add(high, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][0]))));
-          low = V::add(low, V::multiply_pairs(bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][1]))));
+          high = V::add_products(high, bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][0])));
+          low = V::add_products(low, bytes[odd], V::set1(static_cast<uint32_t>(pair[odd][1])));
         }
       }
     }
@@ -208,25 +242,18 @@ void gaussian_tile_sums(const int32_t* q, int32_t, uint64_t tile, int begin, int
 // to_integers of elementwise.h; what is rare (tiny elements, one that rounds up to 2^22) is left to it.
 template <class V>
 FERRET_HD TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
-  typename V::I magnitudes = V::set1(0u);
-  for (int i = 0; i < kTile; i += V::lanes) {
-    magnitudes = V::max_unsigned(magnitudes, V::bit_and(V::load(x + i), V::set1(0x7FFFFFFFu)));
-  }
-  const float largest = bits_to_float(V::reduce_max(magnitudes));
-  if (largest == 0) return TileState::zero;
-  if (!(largest - largest == 0)) return TileState::not_finite;
-  const int n = exponent_of(largest);
-  if (kDeltaBits - n > 127) return to_integers(x, tile);
-  const float scale = power_of_two(kDeltaBits - n, float());
-  if (round_to_int(largest * scale) == 1 << kDeltaBits) return to_integers(x, tile);
+  const auto load = [x](int i) FERRET_INLINE { return V::as_float(V::load(x + i)); };
+  const TileScale found = scale_of(largest_magnitude<V>(load, [] {}));
+  if (!found.simple) return to_integers(x, tile);
+  if (found.state != TileState::finite) return found.state;
   typename V::I total = V::set1(0u);
   for (int i = 0; i < kTile; i += V::lanes) {
-    const auto q = V::round(V::multiply(V::as_float(V::load(x + i)), V::set1(scale)));
+    const auto q = V::round(V::multiply(load(i), V::set1(found.scale)));
     total = V::add(total, q);
     V::store(tile.q[0] + i, q);
   }
   tile.total[0] = static_cast<int32_t>(V::reduce_add(total));
-  tile.unit = power_of_two(n - kDeltaBits, double());
+  tile.unit = found.unit;
   return TileState::finite;
 }
 
@@ -237,11 +264,16 @@ FERRET_HD TileState to_integers_of(const double* x, TileIntegers<double>& tile) 
 
 template <class V, class Real>
 void project_run(const RunProduct<Real>& p) {
+  if constexpr (V::dot_columns > 0 && std::is_same_v<Real, float>) {
+    if (p.stream.basis == Basis::rademacher && p.count <= V::dot_columns && project_run_by_dots<V>(p)) return;
+  }
   constexpr int limbs = Working<Real>::limbs;
   TileIntegers<Real> tiles[kRun];
   TileState states[kRun];
   for (int i = 0; i < kRun; ++i) {
-    states[i] = p.x[i] == nullptr ? TileState::zero : to_integers_of<V>(p.x[i], tiles[i]);
+    alignas(64) Real buffer[kTile];
+    const Real* x = in_working_precision(p.x[i], buffer);
+    states[i] = x == nullptr ? TileState::zero : to_integers_of<V>(x, tiles[i]);
   }
 
   const auto add = [&](int i, const auto& sums_of_limb) {
@@ -260,7 +292,8 @@ void project_run(const RunProduct<Real>& p) {
         for (int i = 0; i < kRun; ++i) {
           if (states[i] == TileState::finite) q[i] = tiles[i].q[limb], total[i] = tiles[i].total[limb];
         }
-        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, p.ahead, values[limb]);
+        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count,
+                               LinesAhead(&p.ahead[0][0], 2 * kRun, kRun * kWordsPerTile), values[limb]);
       }
       for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
       return;
@@ -272,7 +305,7 @@ void project_run(const RunProduct<Real>& p) {
   alignas(64) double values[limbs][kColumnBatch + kPad];
   for (int i = 0; i < kRun; ++i) {
     const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
-    for (const Prefetch& ahead : p.ahead[i]) ahead(0, kTile * 4 / 64);
+    for (const Prefetch& ahead : p.ahead[i]) ahead(0, ahead.lines);
     add(i, [&](int limb) {
       tile_sums(tiles[i].q[limb], tiles[i].total[limb], p.tile + i, begin, end, p.stream, p.first, p.count,
                 values[limb]);

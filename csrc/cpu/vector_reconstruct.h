@@ -155,8 +155,8 @@ class UniformGroup {
           const I bytes = V::bit_or(V::bit_and(V::template shift_right<8 * b>(even), byte),
                                     V::template shift_left<16>(V::bit_and(V::template shift_right<8 * b>(odd), byte)));
           for (int limb = 0; limb < limbs; ++limb) {
-            high[limb][b] = V::add(high[limb][b], V::multiply_pairs(bytes, V::set1(high_[limb][pair])));
-            low[limb][b] = V::add(low[limb][b], V::multiply_pairs(bytes, V::set1(low_[limb][pair])));
+            high[limb][b] = V::add_products(high[limb][b], bytes, V::set1(high_[limb][pair]));
+            low[limb][b] = V::add_products(low[limb][b], bytes, V::set1(low_[limb][pair]));
           }
         });
       }

@@ -24,7 +24,7 @@ struct WideSum {
   }
 };
 
-// A factor below 2^23 as two 12-bit halves, two factors side by side, for multiply_pairs with bytes.
+// A factor below 2^23 as two 12-bit halves, two factors side by side, for add_products with bytes.
 struct PairHalves {
   int32_t high, low;
 

@@ -1,0 +1,88 @@
+// AVX-512 with VNNI and GFNI: sums of products of bytes, and bits as bytes, for vector_dots.h.
+#pragma once
+
+#include "../core/half.h"
+#include "avx512.h"
+
+namespace ferret::cpu {
+namespace {
+
+struct Avx512Vnni : Avx512 {
+  static constexpr int dot_columns = 48;
+
+  FERRET_HD static F load_floats(const float* x) { return _mm512_loadu_ps(x); }
+  FERRET_HD static F load_floats(const bfloat16_t* x) {
+    return as_float(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
+  }
+  FERRET_HD static F load_floats(const float16_t* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  // Largest magnitude of 32 n bit patterns of 16 bits.
+  FERRET_HD static uint16_t largest_magnitude16(const void* x, int n) {
+    I largest = _mm512_setzero_si512();
+    for (int i = 0; i < n; ++i) {
+      const I bits = load(static_cast<const char*>(x) + 64 * i);
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(bits, _mm512_set1_epi16(0x7FFF)));
+    }
+    const I low = _mm512_and_si512(largest, _mm512_set1_epi32(0xFFFF)), high = _mm512_srli_epi32(largest, 16);
+    return static_cast<uint16_t>(reduce_max(max_unsigned(low, high)));
+  }
+
+  FERRET_HD static I add_products(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // sum + the four products of each lane's bytes.
+  FERRET_HD static I dot(I sum, I unsigned_bytes, I signed_bytes) {
+    return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
+  }
+  // to[stride * i + lane] = the lanes of quarter i.
+  FERRET_HD static void store_quarters(I x, double* to, int stride) {
+    const __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(x)),
+                  high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1));
+    _mm256_storeu_pd(to, _mm512_castpd512_pd256(low));
+    _mm256_storeu_pd(to + stride, _mm512_extractf64x4_pd(low, 1));
+    _mm256_storeu_pd(to + 2 * stride, _mm512_castpd512_pd256(high));
+    _mm256_storeu_pd(to + 3 * stride, _mm512_extractf64x4_pd(high, 1));
+  }
+
+  // A quarter of x holds eight pieces of 16 bits. Bit 7 - n of byte i of the result's quarter is bit i of piece n.
+  FERRET_HD static I transpose_pieces(I x) {
+    const I low_bytes_first =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const I byte_i_asks_for_bit_i = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
+    return _mm512_gf2p8affine_epi64_epi8(byte_i_asks_for_bit_i, _mm512_shuffle_epi8(x, low_bytes_first), 0);
+  }
+  // The bits of piece n as bytes 0 and 1.
+  template <int n>
+  FERRET_HD static I bytes_of_piece(I transposed) {
+    return _mm512_gf2p8affine_epi64_epi8(transposed,
+                                         _mm512_set1_epi64(static_cast<int64_t>(uint64_t{0x80u >> n} << 56)), 0);
+  }
+
+  // Quarter i of digits[m] = byte m of the lanes of x[i].
+  FERRET_HD static void take_digits(const I (&x)[4], I* digits) {
+    // Every quarter is sorted by m, that of x[i] turned by i lanes, so that blends bring four x together without a shuffle.
+    I a[4];
+    for (int i = 0; i < 4; ++i) a[i] = _mm512_shuffle_epi8(x[i], _mm512_broadcast_i32x4(sorted_by_digit(i)));
+    const I ac = _mm512_mask_blend_epi32(0xCCCC, a[0], a[2]), bd = _mm512_mask_blend_epi32(0x6666, a[3], a[1]);
+    const I ca = _mm512_mask_blend_epi32(0xCCCC, a[2], a[0]), db = _mm512_mask_blend_epi32(0x8888, a[3], a[1]);
+    const I mixed[3] = {_mm512_mask_blend_epi32(0xAAAA, ac, bd), _mm512_mask_blend_epi32(0xAAAA, bd, ac),
+                        _mm512_mask_blend_epi32(0xAAAA, ca, db)};
+    const I columns = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I turned_by_1 = _mm512_setr_epi32(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12);
+    const I turned_by_2 = _mm512_setr_epi32(2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13);
+    digits[0] = _mm512_permutexvar_epi32(columns, mixed[0]);
+    digits[1] = _mm512_permutexvar_epi32(turned_by_1, mixed[1]);
+    digits[2] = _mm512_permutexvar_epi32(turned_by_2, mixed[2]);
+  }
+  FERRET_HD static __m128i sorted_by_digit(int turn) {
+    switch (turn) {
+      case 0: return _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      case 1: return _mm_setr_epi8(3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14);
+      case 2: return _mm_setr_epi8(2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13);
+      default: return _mm_setr_epi8(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ferret::cpu

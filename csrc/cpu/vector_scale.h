@@ -1,0 +1,42 @@
+// The shared scale of a tile's integers over a vector type V.
+#pragma once
+
+#include "elementwise.h"
+#include "vector_sums.h"
+
+namespace ferret::cpu {
+namespace {
+
+// load(i) is a vector of float32, the elements i, i + 1, ..; NaN and infinity count as the largest.
+// beside() is other work, once every four vectors.
+template <class V, class Load, class F>
+FERRET_HD float largest_magnitude(Load load, F beside) {
+  typename V::I largest = V::set1(0u);
+  for (int i = 0; i < kTile; i += 4 * V::lanes) {
+    for (int j = i; j < i + 4 * V::lanes; j += V::lanes) {
+      largest = V::max_unsigned(largest, V::bit_and(V::as_int(load(j)), V::set1(0x7FFFFFFFu)));
+    }
+    beside();
+  }
+  return bits_to_float(V::reduce_max(largest));
+}
+
+struct TileScale {
+  TileState state;
+  bool simple;  // round(x * scale) are the integers: none rounds up to 2^22, and the scale is a float32
+  float scale;  // 2^(22 - n), 0 unless the tile is finite and not zero
+  double unit;  // 1 / scale
+};
+
+FERRET_HD TileScale scale_of(float largest) {
+  if (largest == 0) return {TileState::zero, true, 0, 0};
+  if (!(largest - largest == 0)) return {TileState::not_finite, true, 0, 0};
+  const int n = exponent_of(largest);
+  if (kDeltaBits - n > 127) return {TileState::finite, false, 0, 0};
+  const float scale = power_of_two(kDeltaBits - n, float());
+  const bool rounds_up = round_to_int(largest * scale) == 1 << kDeltaBits;
+  return {TileState::finite, !rounds_up, scale, power_of_two(n - kDeltaBits, double())};
+}
+
+}  // namespace
+}  // namespace ferret::cpu
