@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import BASES, DTYPES, assert_same_bits, normal
+from support import BASES, DTYPES, TILE, assert_same_bits, normal
 from torch import Tensor
 
 import ferret_ext
@@ -170,3 +170,41 @@ def test_seed_negative_stands_for_seed_plus_2_to_64() -> None:
     delta = normal(600)
     assert_same_bits(ferret_ext.project(delta, -1, 9), ferret_ext.project(delta, 2**64 - 1, 9))
     assert_same_bits(ferret_ext.project(delta, -(2**63), 9), ferret_ext.project(delta, 2**63, 9))
+
+
+TILES = {  # what is done to normal numbers
+    "ordinary": lambda x, dtype: x,
+    "denormal": lambda x, dtype: x * torch.finfo(dtype).smallest_normal / 16,
+    "too small for one scale": lambda x, dtype: x * torch.finfo(dtype).smallest_normal * 4,
+    "rounds up to a power of two": lambda x, dtype: x.sign() * (1 - torch.finfo(dtype).eps / 2),
+    "huge": lambda x, dtype: x * (torch.finfo(dtype).max / 2**16),
+}
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 7, 8, 31, 48, 49])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", TILES)
+def test_tiles_of_every_kind(isa: str, kind: str, dtype: torch.dtype, K: int) -> None:
+    """Whole, partial and zero tiles of a tensor, of differences, and of differences between two dtypes."""
+    new, old = (TILES[kind](normal(9 * TILE + 100, seed).double(), dtype).to(dtype) for seed in (1, 2))
+    for x in (new, old):
+        x[TILE : 2 * TILE] = 0
+    whole, part = (
+        ferret_ext.Block("whole", 0, 6 * TILE, K),
+        ferret_ext.Block("part", 6 * TILE, 3 * TILE + 100, K),
+    )
+    plan = ferret_ext.BlockPlan((("x", len(new)),), (whole, part))
+
+    mixed = {torch.float32: torch.bfloat16, torch.float64: torch.float64}.get(dtype, torch.float32)
+
+    def results() -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            ferret_ext.project(new, SEED, K),
+            ferret_ext.project_difference(plan, [old], [new], SEED),
+            ferret_ext.project_difference(plan, [old.to(mixed)], [new], SEED),
+        )
+
+    got = results()
+    ferret_ext.set_cpu_isa("scalar")
+    for result, expected in zip(got, results(), strict=True):
+        assert_same_bits(result, expected)
