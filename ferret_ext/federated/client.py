@@ -26,7 +26,7 @@ class LocalTrainer:
     config: TrainingConfig
     pad_token_id: int
 
-    def train(self, model: Any, examples: Sequence[Example], seed: int) -> float:
+    def train(self, model: Any, examples: Sequence[Example], seed: int, client: int = 0) -> float:
         """T optimiser steps over the examples, in an order drawn from `seed`; the mean loss of all batches.
 
         A batch's loss is the mean over its response tokens, a step's gradient the mean over its batches.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def toy() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
-def train(model: Any, data: Sequence[Example], seed: int) -> float:
+def train(model: Any, data: Sequence[Example], seed: int, client: int = 0) -> float:
     """Five SGD steps on a regression drawn from the seed; the examples are not looked at."""
     random = torch.Generator().manual_seed(seed % 2**63)
     x = torch.randn(20, 9, generator=random).to(next(model.parameters()).dtype)
@@ -91,14 +92,14 @@ def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> 
     plan = fed.algorithm.replicate(start).plan
     total = torch.zeros(sum(block.numel for block in plan.blocks), dtype=torch.float64)
     for message in messages:
-        update = wire.decode_update(message)
+        update = wire.decode(message)
         model = toy()
         train(model, [], derive(100 + update.client, "training"))
         delta = flat(list(start.parameters())) - flat(list(model.parameters()))
         parts = delta.split([block.numel for block in plan.blocks])
         rebuilt = []
         for block, part in zip(plan.blocks, parts, strict=True):
-            V = basis_matrix(block, update.seed, basis)
+            V = basis_matrix(block, update.values["seed"], basis)
             gamma = V.T @ part * block.numel / (VARIANCE[basis] * block.k)
             rebuilt.append(V @ gamma)
         total += torch.cat(rebuilt) / len(messages)
@@ -149,7 +150,7 @@ def test_rounds_repeat_to_the_bit() -> None:
 
 def test_seeds_differ_between_clients_and_rounds() -> None:
     fed = federation()
-    seeds = [wire.decode_update(message).seed for _ in range(3) for message in fed.round()]
+    seeds = [wire.decode(message).values["seed"] for _ in range(3) for message in fed.round()]
     assert len(set(seeds)) == 9
 
 
@@ -174,11 +175,10 @@ def test_clients_of_different_dtypes_share_a_round() -> None:
     single, half = federation(), federation(toy().bfloat16())
     message, other = single.round(1)[0], half.round(1)[0]
     mixed = federation()
-    update = wire.decode_update(other)
-    renamed = wire.encode_update(wire.Update(**{**vars(update), "client": 1}))
-    mixed.server.apply([message, renamed])
-    gammas = torch.from_numpy(wire.decode_update(message).gammas)
-    difference = torch.from_numpy(update.gammas) - gammas
+    update = wire.decode(other)
+    mixed.server.apply([message, changed(other, client=1)])
+    gammas = torch.from_numpy(wire.decode(message).values["gammas"])
+    difference = torch.from_numpy(update.values["gammas"]) - gammas
     assert difference.norm() < 0.2 * gammas.norm()
     assert flat(mixed.server.replica.params).isfinite().all()
 
@@ -202,7 +202,7 @@ def test_block_norms_estimate_the_updates_norms() -> None:
     named = [(f"p{i}", nn.Parameter(tensor)) for i, tensor in enumerate(new)]
     plan = ferret_ext.BlockPlan.from_parameters(named, 3000)
     gammas = ferret_ext.project_difference(plan, old, new, 7)
-    update = wire.Update(bytes(8), "rademacher", 1, 0, 7, 1.0, gammas.numpy())
+    update = wire.Message("ferret", "update", bytes(8), 1, values={"gammas": gammas.numpy()})
     estimate = torch.tensor(block_norms(plan, [update]))
     exact = torch.tensor([tensor.norm().item() for tensor in new])
     assert ((estimate / exact - 1).abs() < 5 / (2 * 1000) ** 0.5).all()
@@ -219,15 +219,22 @@ def test_allocation_by_norm_follows_the_last_round() -> None:
 
 
 def changed(message: bytes, **fields: Any) -> bytes:
-    return wire.encode_update(wire.Update(**{**vars(wire.decode_update(message)), **fields}))
+    """The message with other fields, or other values."""
+    decoded = wire.decode(message)
+    values = {**decoded.values, **{name: fields.pop(name) for name in decoded.values if name in fields}}
+    return wire.encode(dataclasses.replace(decoded, values=values, **fields))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"round": 2}, "client 0's update must have round 1, got 2"),
-        ({"plan": bytes(8)}, "client 0's update must have plan .*, got 0000000000000000"),
-        ({"basis": "uniform"}, "client 0's update must have basis rademacher, got uniform"),
+        ({"digest": bytes(8)}, "client 0's update must have digest .*, got 0000000000000000"),
+        ({"contract": 0x10002}, "client 0's update must have contract 65537, got 65538"),
+        ({"contract": 1.0}, "client 0's update must have contract as int, got float"),
+        ({"seed": -1}, "client 0's update must have seed below 2\\^64"),
+        ({"kind": "broadcast"}, "client 0's update must have kind update, got broadcast"),
+        ({"algorithm": "fedavg"}, "client 0's update must have algorithm ferret, got fedavg"),
     ],
 )
 def test_server_refuses_updates_of_another_run(fields: dict[str, Any], message: str) -> None:
@@ -242,8 +249,9 @@ def test_server_refuses_updates_of_another_run(fields: dict[str, Any], message: 
 
 def test_server_refuses_other_lengths_and_second_messages() -> None:
     fed, sent = federation(), federation().round()
-    short = changed(sent[0], gammas=wire.decode_update(sent[0]).gammas[:-1])
-    with pytest.raises(WireError, match="client 0's update must have number of coordinates 40, got 39"):
+    short = changed(sent[0], gammas=wire.decode(sent[0]).values["gammas"][:-1])
+    expected = r"client 0's update must have gammas as float32 of shape \[40\], got float32 of shape \[39\]"
+    with pytest.raises(WireError, match=expected):
         fed.server.apply([short])
     with pytest.raises(
         WireError, match=r"round 1 must have one update from each client, got them from \[0, 0\]"
@@ -255,7 +263,7 @@ def test_server_refuses_other_lengths_and_second_messages() -> None:
 
 def test_client_refuses_the_broadcast_of_another_plan() -> None:
     fed, other = federation(), federation(K=41)
-    with pytest.raises(WireError, match="broadcast must have plan"):
+    with pytest.raises(WireError, match="broadcast must have digest"):
         fed.algorithm.rebuild(fed.client, other.server.broadcasts[0])
 
 

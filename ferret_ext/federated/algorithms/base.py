@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ferret_ext.checks import KINDS
+from ferret_ext.federated import wire
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.wire import Message, WireError
 
+CONTRACT_VERSION = 1
+
+Values = Mapping[str, wire.Value]
 Train = Callable[
-    [Any, Sequence[Example], int], float
-]  # model, examples, seed -> mean loss; changes the model
+    [Any, Sequence[Example], int, int], float
+]  # model, examples, seed, client -> mean loss; changes the model
 
 
 @dataclass
@@ -29,6 +37,13 @@ class Replica:
     params: list[Tensor]
     round: int = 0
     start: list[Tensor] = field(default_factory=list)
+
+    @property
+    def digest(self) -> bytes:
+        """What all parties must agree on before they exchange numbers: names, shapes and dtypes."""
+        named = ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
+        text = "".join(f"{name} {list(param.shape)} {param.dtype}\n" for name, param in named)
+        return hashlib.sha256(text.encode()).digest()[: wire.DIGEST_BYTES]
 
     @torch.no_grad()
     def mark(self) -> None:
@@ -51,12 +66,13 @@ R = TypeVar("R", bound=Replica)
 
 @dataclass(frozen=True)
 class LocalData:
-    """What one client brings to one round. `seed` is its own for this round."""
+    """What one client brings to one round. `seed` is its own for this round, `weight` its share in means."""
 
     client: int
     round: int
     seed: int
     examples: Sequence[Example]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,27 +91,87 @@ class Algorithm(ABC, Generic[R]):
 
     A broadcast is what the server relays after a round. Rebuilding applies one to a replica; server and
     clients rebuild from the same bytes, so that they hold the same weights, bit for bit.
+
+    A subclass says how replicas are made and what the values in the messages are; what every algorithm has
+    in common, that messages are of this run, of the right round and one from each client, is checked here.
     """
+
+    name: ClassVar[str]
 
     @abstractmethod
     def replicate(self, model: Any) -> R:
         """A replica on `model`, at round 0."""
 
     @abstractmethod
-    def open(self, replica: R) -> bytes:
-        """Round 0's broadcast, which opens the run."""
+    def contribute(self, replica: R, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+        """Trains on the client's data; the values of its update, and the training loss."""
 
     @abstractmethod
+    def combine(self, replica: R, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
+        """The values of the next round's broadcast from its updates, which are also given as received.
+
+        The replica stays as it is. Raises WireError for an update whose values do not fit.
+        """
+
+    @abstractmethod
+    def advance(self, replica: R, broadcast: Message) -> None:
+        """Takes the replica from round r - 1 to r >= 1 with the values of round r's broadcast."""
+
+    def opening(self, replica: R) -> Values:
+        """The values of round 0's broadcast, which opens the run."""
+        return {}
+
+    def begin(self, replica: R, broadcast: Message) -> None:
+        """Takes in round 0's broadcast; a replica may see it more than once."""
+
+    def open(self, replica: R) -> bytes:
+        """Round 0's broadcast."""
+        return self._broadcast(replica, 0, self.opening(replica))
+
     def rebuild(self, replica: R, broadcast: bytes) -> None:
         """Takes the replica from round r - 1 to r with round r's broadcast; does nothing if it is there."""
+        message = wire.decode(broadcast)
+        check(self.name, "broadcast", "algorithm", self.name, message.algorithm)
+        check(self.name, "broadcast", "kind", "broadcast", message.kind)
+        if message.round <= replica.round and replica.round > 0:
+            return  # applied before
+        if message.round > 0:
+            check(self.name, "broadcast", "round", replica.round + 1, message.round)
+        check(self.name, "broadcast", "digest", replica.digest.hex(), message.digest.hex())
+        if message.round == 0:
+            self.begin(replica, message)
+        else:
+            self.advance(replica, message)
+            replica.round = message.round
 
-    @abstractmethod
     def train_and_encode(self, replica: R, data: LocalData, watch: Stopwatch) -> tuple[bytes, float]:
         """Trains on the client's data and encodes the update; also the training loss."""
+        digest = replica.digest
+        values, loss = self.contribute(replica, data, watch)
+        update = Message(self.name, "update", digest, data.round, data.client, data.weight, values)
+        return wire.encode(update), loss
 
-    @abstractmethod
     def aggregate(self, replica: R, updates: Sequence[bytes]) -> bytes:
         """The next round's broadcast from its clients' messages, once checked; the replica stays as it is."""
+        round_ = replica.round + 1
+        messages = [wire.decode(update) for update in updates]
+        clients = [message.client for message in messages]
+        if not clients or len(set(clients)) < len(clients):
+            raise WireError(
+                f"{self.name}: round {round_} must have one update from each client, got them from {clients}"
+            )
+        digest = replica.digest
+        for message in messages:
+            self.check_update(message, digest, round_)
+        return self._broadcast(replica, round_, self.combine(replica, messages, updates))
+
+    def check_update(self, message: Message, digest: bytes, round_: int) -> None:
+        """Raises WireError unless the message is an update of this algorithm, digest and round."""
+        sender = f"client {message.client}'s update"
+        check(self.name, sender, "algorithm", self.name, message.algorithm)
+        check(self.name, sender, "kind", "update", message.kind)
+        check(self.name, sender, "round", round_, message.round)
+        check(self.name, sender, "digest", digest.hex(), message.digest.hex())
 
     def client_update(self, replica: R, data: LocalData, broadcasts: Sequence[bytes]) -> Reply:
         """A client's part of a round: rebuild the global model from what the server relays, train, encode."""
@@ -113,3 +189,23 @@ class Algorithm(ABC, Generic[R]):
         broadcast = self.aggregate(replica, updates)
         self.rebuild(replica, broadcast)
         return broadcast
+
+    def _broadcast(self, replica: R, round_: int, values: Values) -> bytes:
+        return wire.encode(Message(self.name, "broadcast", replica.digest, round_, values=values))
+
+
+def shares(updates: Sequence[Message]) -> list[float]:
+    """The updates' weights, divided by their exact sum."""
+    total = math.fsum(update.weight for update in updates)
+    return [update.weight / total for update in updates]
+
+
+def stream_contract(basis: str) -> int:
+    """The number that stands in messages for the version of docs/streams.md and the kind of basis."""
+    return CONTRACT_VERSION << 16 | KINDS[basis]
+
+
+def check(name: str, what: str, field: str, expected: object, got: object) -> None:
+    """Raises WireError, in the algorithm's name, where the two differ."""
+    if expected != got:
+        raise WireError(f"{name}: {what} must have {field} {expected}, got {got}")
