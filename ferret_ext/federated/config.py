@@ -19,6 +19,7 @@ import yaml
 
 from ferret_ext.federated.data.sources import EVAL_SPLIT
 
+LARGEST_DECAY = 0.999999  # optimisers want less than 1
 Setting = tuple[str, Any]  # dotted key and value
 
 
@@ -63,14 +64,26 @@ class TrainingConfig:
     """A client's local training in one round."""
 
     max_steps: int = _option(10, "optimiser steps T a round", at_least=1)
+    num_train_epochs: float | None = _option(
+        None, "passes over a client's records a round, in place of max_steps", above=0
+    )
     gradient_accumulation_steps: int = _option(4, "batches a step", at_least=1)
     per_device_train_batch_size: int = _option(1, "records a batch", at_least=1)
-    optim: Literal["sgd", "adam"] = _option("sgd", "local optimiser, new in every round")
+    optim: Literal["sgd", "adam", "adamw"] = _option("sgd", "local optimiser")
     learning_rate: float = _option(1e-4, "local learning rate", above=0)
-    weight_decay: float = _option(0.0, "L2 penalty of the local optimiser", at_least=0)
+    momentum: float = _option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta1: float = _option(0.9, "decay of adam's first moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta2: float = _option(0.999, "decay of adam's second moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_epsilon: float = _option(1e-8, "added to the root of adam's second moments", above=0)
+    weight_decay: float = _option(0.0, "L2 penalty; with adamw, decay apart from the gradient", at_least=0)
     max_grad_norm: float | None = _option(
         None, "gradients are clipped to this norm; none: no clipping", above=0
     )
+    keep_state: bool = _option(
+        False, "a client's momentum and moments go on in its next round; else they begin at zero"
+    )
+    gradient_checkpointing: bool = _option(False, "less memory: activations are computed a second time")
+    torch_compile: bool = _option(False, "compiles the model for local training")
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,9 @@ class SimulationConfig:
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
     num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
     client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
+    client_weights: Literal["auto", "uniform", "examples", "batches"] = _option(
+        "auto", "what a client counts by in the mean; auto: as the algorithm was published"
+    )
     server_learning_rate: float = _option(1.0, "step along the clients' mean update", above=0)
     seed: int = _option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
@@ -297,6 +313,10 @@ def _check_together(config: SimulationConfig) -> None:
             raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     if (config.dataset.prompt is None) != (config.dataset.response is None):
         raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
+    if config.training.momentum and config.training.optim != "sgd":
+        raise ConfigError(
+            f"training.momentum: expected 0 unless training.optim is sgd, got {config.training.momentum}"
+        )
     limit = config.dataset.max_prompt_length
     if limit is not None and limit >= config.dataset.max_length:
         raise ConfigError(

@@ -19,7 +19,8 @@ from ferret_ext.federated.data.tokens import IGNORED, Example, collate
 class RoundMetrics:
     """One line of metrics.jsonl. Round 0 is the model before any training; its bytes and seconds are 0.
 
-    eval_loss: see `evaluation_loss`. train_loss: mean over the round's clients of their local training's mean
+    clients: who was drawn. left_out: those of them whose training failed and who sent nothing.
+    eval_loss: see `evaluation_loss`. train_loss: mean over the other clients of their local training's mean
     loss.
     payload_bytes_up, payload_bytes_down: lengths of the messages that the round's clients sent and received,
     all of them together. model_bytes: all trainable parameters, what one client sends in one direction
@@ -31,6 +32,7 @@ class RoundMetrics:
 
     round: int
     clients: list[int]
+    left_out: list[int]
     eval_loss: float
     train_loss: float | None
     payload_bytes_up: int

@@ -57,6 +57,10 @@ class WireError(ValueError):
     """Bytes that are not a message of this format, or values that do not fit into one."""
 
 
+class NotFiniteError(WireError):
+    """A NaN or an infinity among the values."""
+
+
 @dataclass(frozen=True, eq=False)
 class Message:
     """One message, from one client or from the server.
@@ -257,7 +261,8 @@ def _check_plain(name: str, value: object) -> None:
     _check(
         plain, f"{name} must be an int, float, str, bytes, array or list of bytes, got {type(value).__name__}"
     )
-    _check(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NotFiniteError(f"wire: {name} must be finite, got {value}")
 
 
 def _check_finite(name: str, array: Array) -> None:
@@ -269,7 +274,7 @@ def _check_finite(name: str, array: Array) -> None:
         return
     if bad.any():
         first, count = int(bad.argmax()), int(bad.sum())
-        raise WireError(f"wire: {name} must be finite, {count} elements are not, the first at {first}")
+        raise NotFiniteError(f"wire: {name} must be finite, {count} elements are not, the first at {first}")
 
 
 def _check(condition: bool, text: str) -> None:

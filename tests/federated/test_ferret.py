@@ -67,7 +67,7 @@ def federation(model: nn.Module | None = None, **settings: Any) -> Federation:
     model = model or toy()
     algorithm = Ferret(FerretConfig(**{"K": 40, **settings}), STEP, train)
     return Federation(
-        algorithm, Server(algorithm, model, 3, 1.0, 0), algorithm.replicate(copy.deepcopy(model))
+        algorithm, Server(algorithm, model, range(3), 1.0, 0), algorithm.replicate(copy.deepcopy(model))
     )
 
 
@@ -276,9 +276,9 @@ def test_too_few_coordinates_are_a_config_error() -> None:
 
 def test_server_draws_the_fraction_of_the_clients() -> None:
     algorithm = Ferret(FerretConfig(K=40), STEP, train)
-    server = Server(algorithm, toy(), 40, 0.1, seed=3)
+    server = Server(algorithm, toy(), range(40), 0.1, seed=3)
     drawn = [server.choose(round_) for round_ in range(1, 200)]
     assert all(len(clients) == 4 == len(set(clients)) for clients in drawn)
     assert drawn[0] == server.choose(1)
     assert {client for clients in drawn for client in clients} == set(range(40))
-    assert len(Server(algorithm, toy(), 40, 0.001, seed=3).choose(1)) == 1
+    assert len(Server(algorithm, toy(), range(40), 0.001, seed=3).choose(1)) == 1

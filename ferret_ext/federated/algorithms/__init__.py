@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ferret_ext.federated.algorithms.base import Algorithm, Train
+from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
 
 
-def create(config: SimulationConfig, train: Train) -> Algorithm[Any]:
+def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    makers = {"ferret": lambda: Ferret(config.ferret, config.server_learning_rate, train)}
+    makers = {"ferret": lambda: Ferret(config.ferret, config.server_learning_rate, trainer.train)}
     return makers[config.algorithm]()

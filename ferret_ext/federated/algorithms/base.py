@@ -7,13 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ferret_ext.checks import KINDS
 from ferret_ext.federated import wire
+from ferret_ext.federated.client import LocalFailure
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.wire import Message, WireError
@@ -21,6 +22,7 @@ from ferret_ext.federated.wire import Message, WireError
 CONTRACT_VERSION = 1
 
 Values = Mapping[str, wire.Value]
+Weighting = Literal["uniform", "examples", "batches"]
 Train = Callable[
     [Any, Sequence[Example], int, int], float
 ]  # model, examples, seed, client -> mean loss; changes the model
@@ -77,13 +79,17 @@ class LocalData:
 
 @dataclass(frozen=True)
 class Reply:
-    """What comes back from a client: the message for the server, and what was measured on the way."""
+    """What comes back from a client: the message for the server, and what was measured on the way.
+
+    failure: why the client has nothing to send and is left out of the round; else "".
+    """
 
     client: int
     payload: bytes
     payload_bytes_down: int
     train_loss: float
     watch: Stopwatch
+    failure: str = ""
 
 
 class Algorithm(ABC, Generic[R]):
@@ -97,6 +103,7 @@ class Algorithm(ABC, Generic[R]):
     """
 
     name: ClassVar[str]
+    weighting: ClassVar[Weighting] = "uniform"  # what a client counts by, as published
 
     @abstractmethod
     def replicate(self, model: Any) -> R:
@@ -174,15 +181,22 @@ class Algorithm(ABC, Generic[R]):
         check(self.name, sender, "digest", digest.hex(), message.digest.hex())
 
     def client_update(self, replica: R, data: LocalData, broadcasts: Sequence[bytes]) -> Reply:
-        """A client's part of a round: rebuild the global model from what the server relays, train, encode."""
+        """A client's part of a round: rebuild the global model from what the server relays, train, encode.
+
+        Training that fails, or gives an update that is not finite, is told in the reply and not raised.
+        """
         watch = Stopwatch()
         with watch("rebuild"):
             replica.rewind()
             for broadcast in broadcasts:
                 self.rebuild(replica, broadcast)
             replica.mark()
-        payload, loss = self.train_and_encode(replica, data, watch)
-        return Reply(data.client, payload, sum(map(len, broadcasts)), loss, watch)
+        received = sum(map(len, broadcasts))
+        try:
+            payload, loss = self.train_and_encode(replica, data, watch)
+        except (LocalFailure, wire.NotFiniteError) as failure:
+            return Reply(data.client, b"", received, math.nan, watch, str(failure))
+        return Reply(data.client, payload, received, loss, watch)
 
     def server_apply(self, replica: R, updates: Sequence[bytes]) -> bytes:
         """The server's part of a round: w_r from the clients' messages; returns the broadcast."""

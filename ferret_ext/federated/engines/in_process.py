@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from ferret_ext.federated import algorithms, models
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
-from ferret_ext.federated.client import DivergedError, LocalTrainer
+from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import formats, partition, sources
 from ferret_ext.federated.data.errors import DataError
@@ -50,9 +51,15 @@ class InProcessClients:
     """
 
     def __init__(
-        self, algorithm: Algorithm[Any], model: Any, shards: Sequence[Sequence[Example]], seed: int
+        self,
+        algorithm: Algorithm[Any],
+        model: Any,
+        shards: Sequence[Sequence[Example]],
+        weights: Sequence[float],
+        seed: int,
     ) -> None:
         self._algorithm = algorithm
+        self._weights = weights
         self._replica: Replica = algorithm.replicate(model)
         self._shards = shards
         self._seed = seed
@@ -64,14 +71,13 @@ class InProcessClients:
         for client in clients:
             broadcasts = server.broadcasts_since(self._seen[client])
             self._seen[client] = len(server.broadcasts)
-            data = LocalData(
-                client, round_, derive(self._seed, "client", round_, client), self._shards[client]
-            )
-            try:
-                replies.append(self._algorithm.client_update(self._replica, data, broadcasts))
-            except DivergedError as error:
-                raise DivergedError(f"client {client} in round {round_}: {error}") from None
+            seed = derive(self._seed, "client", round_, client)
+            data = LocalData(client, round_, seed, self._shards[client], self._weights[client])
+            reply = self._algorithm.client_update(self._replica, data, broadcasts)
+            if reply.failure:
+                watcher.client_left_out(round_, client, reply.failure)
             watcher.client_done(round_, client)
+            replies.append(reply)
         return replies
 
 
@@ -86,12 +92,11 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
         train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
         parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
-        trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
-        algorithm = algorithms.create(config, trainer.train)
-        clients = InProcessClients(
-            algorithm, copy.deepcopy(model), [[train[i] for i in part] for part in parts], config.seed
-        )
-        server = Server(algorithm, model, config.num_clients, config.client_fraction, config.seed)
+        shards = [[train[i] for i in part] for part in parts]
+        algorithm = algorithms.create(config, LocalTrainer(config.training, tokenizer.pad_token_id))
+        weights = client_weights(config, algorithm, shards)
+        clients = InProcessClients(algorithm, copy.deepcopy(model), shards, weights, config.seed)
+        server = Server(algorithm, model, holders(shards, narrator), config.client_fraction, config.seed)
         narrator.say(_describe(server))
         batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
@@ -131,6 +136,26 @@ def load_examples(
 
     held = examples_of("evaluation", test)[: config.evaluation.max_samples]
     return examples_of("training", train), held
+
+
+def client_weights(
+    config: SimulationConfig, algorithm: Algorithm[Any], shards: Sequence[Sequence[Example]]
+) -> list[float]:
+    """What each client counts for in means: 1, its number of examples, or its number of batches."""
+    by = algorithm.weighting if config.client_weights == "auto" else config.client_weights
+    if by == "uniform":
+        return [1.0] * len(shards)
+    size = config.training.per_device_train_batch_size if by == "batches" else 1
+    return [float(math.ceil(len(shard) / size)) for shard in shards]
+
+
+def holders(shards: Sequence[Sequence[Example]], narrator: Narrator) -> list[int]:
+    """The clients that hold examples, the only ones that are drawn; says who holds none."""
+    empty = [client for client, shard in enumerate(shards) if not shard]
+    if empty:
+        names = ", ".join(map(str, empty))
+        narrator.say(f"data: {len(empty)} clients hold no examples and are never drawn: {names}")
+    return [client for client, shard in enumerate(shards) if shard]
 
 
 @contextmanager
