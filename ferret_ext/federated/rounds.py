@@ -11,6 +11,7 @@ from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.wire import NotFiniteError
 
 
 class Watcher(Protocol):
@@ -67,8 +68,11 @@ def run_rounds(
         payloads = [reply.payload for reply in replies if not reply.failure]
         if not payloads:
             raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
-        with watch("server"):
-            server.apply(payloads)
+        try:
+            with watch("server"):
+                server.apply(payloads)
+        except NotFiniteError as error:
+            raise DivergedError(f"round {round_}: {error}; lower server_learning_rate") from None
         history.append(measure(round_, clients, replies, watch))
     return history
 

@@ -12,7 +12,8 @@ from ferret_ext.federated.seeds import derive
 
 
 class Server(Generic[R]):
-    """The global model and the broadcasts that led to it, one a round from round 0 on."""
+    """The global model and the broadcasts that led to it, one a round from round 0 on; b"" for one that was
+    superseded."""
 
     def __init__(
         self, algorithm: Algorithm[R], model: Any, clients: Sequence[int], fraction: float, seed: int
@@ -32,8 +33,11 @@ class Server(Generic[R]):
 
     def broadcasts_since(self, seen: int) -> list[bytes]:
         """What a client that has received `seen` broadcasts is still to receive."""
-        return self.broadcasts[seen:]
+        return [broadcast for broadcast in self.broadcasts[seen:] if broadcast]
 
     def apply(self, updates: Sequence[bytes]) -> None:
         """w_r from the round's messages."""
-        self.broadcasts.append(self.algorithm.server_apply(self.replica, updates))
+        broadcast = self.algorithm.server_apply(self.replica, updates)
+        if self.algorithm.self_contained and self.replica.round > 1:
+            self.broadcasts[-1] = b""  # nobody needs it any more, and it may be as large as the model
+        self.broadcasts.append(broadcast)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ferret_ext.federated.algorithms.base import Algorithm
+from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
@@ -12,5 +14,8 @@ from ferret_ext.federated.config import SimulationConfig
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    makers = {"ferret": lambda: Ferret(config.ferret, config.server_learning_rate, trainer.train)}
+    makers: dict[str, Callable[[], Algorithm[Any]]] = {
+        "ferret": lambda: Ferret(config.ferret, config.server_learning_rate, trainer.train),
+        "fedavg": lambda: FedAvg(config.server_learning_rate, trainer.train),
+    }
     return makers[config.algorithm]()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ferret_ext.checks import KINDS
 from ferret_ext.federated import wire
@@ -43,7 +43,7 @@ class Replica:
     @property
     def digest(self) -> bytes:
         """What all parties must agree on before they exchange numbers: names, shapes and dtypes."""
-        named = ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
+        named = trainable(self.model).items()
         text = "".join(f"{name} {list(param.shape)} {param.dtype}\n" for name, param in named)
         return hashlib.sha256(text.encode()).digest()[: wire.DIGEST_BYTES]
 
@@ -102,8 +102,9 @@ class Algorithm(ABC, Generic[R]):
     in common, that messages are of this run, of the right round and one from each client, is checked here.
     """
 
-    name: ClassVar[str]
-    weighting: ClassVar[Weighting] = "uniform"  # what a client counts by, as published
+    name: str
+    weighting: Weighting = "uniform"  # what a client counts by, as published
+    self_contained: bool = False  # whether a broadcast alone tells the model, whatever came before
 
     @abstractmethod
     def replicate(self, model: Any) -> R:
@@ -131,18 +132,25 @@ class Algorithm(ABC, Generic[R]):
     def begin(self, replica: R, broadcast: Message) -> None:
         """Takes in round 0's broadcast; a replica may see it more than once."""
 
+    def notes(self, replica: R) -> list[str]:
+        """Lines for the log, before the first round: what its user should know about the settings."""
+        return []
+
     def open(self, replica: R) -> bytes:
         """Round 0's broadcast."""
         return self._broadcast(replica, 0, self.opening(replica))
 
     def rebuild(self, replica: R, broadcast: bytes) -> None:
-        """Takes the replica from round r - 1 to r with round r's broadcast; does nothing if it is there."""
+        """Takes the replica from round r - 1 to r with round r's broadcast; does nothing if it is there.
+
+        From any earlier round, where broadcasts are self-contained.
+        """
         message = wire.decode(broadcast)
         check(self.name, "broadcast", "algorithm", self.name, message.algorithm)
         check(self.name, "broadcast", "kind", "broadcast", message.kind)
         if message.round <= replica.round and replica.round > 0:
             return  # applied before
-        if message.round > 0:
+        if message.round > 0 and not self.self_contained:
             check(self.name, "broadcast", "round", replica.round + 1, message.round)
         check(self.name, "broadcast", "digest", replica.digest.hex(), message.digest.hex())
         if message.round == 0:
@@ -206,6 +214,39 @@ class Algorithm(ABC, Generic[R]):
 
     def _broadcast(self, replica: R, round_: int, values: Values) -> bytes:
         return wire.encode(Message(self.name, "broadcast", replica.digest, round_, values=values))
+
+
+def trainable(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; tied ones once, frozen and empty ones not at all."""
+    named = model.named_parameters()
+    return {name: param for name, param in named if param.requires_grad and param.numel() > 0}
+
+
+def pack(tensors: Iterable[Tensor]) -> Values:
+    """Tensors as flat arrays "0", "1", ... in their own dtypes."""
+
+    def array(tensor: Tensor) -> wire.Array:
+        flat = tensor.detach().reshape(-1).cpu()
+        if flat.dtype == torch.bfloat16:
+            return flat.view(torch.uint16).numpy().view(wire.BFLOAT16)
+        return flat.numpy()
+
+    return {str(index): array(tensor) for index, tensor in enumerate(tensors)}
+
+
+def unpack(message: Message, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `pack` made, in the shapes and on the devices of `like`; WireError for anything else."""
+
+    def tensor(name: str, model: Tensor) -> Tensor:
+        half = model.dtype == torch.bfloat16
+        dtype = wire.BFLOAT16 if half else torch.empty(0, dtype=model.dtype).numpy().dtype
+        array = message.array(name, dtype, (model.numel(),))
+        flat = torch.from_numpy(array.view("<u2")).view(torch.bfloat16) if half else torch.from_numpy(array)
+        return flat.view(model.shape).to(model.device)
+
+    if len(message.values) != len(like):
+        raise WireError(f"{message.algorithm}: expected {len(like)} tensors, got {len(message.values)}")
+    return [tensor(str(index), model) for index, model in enumerate(like)]
 
 
 def shares(updates: Sequence[Message]) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -53,7 +53,7 @@ class Ferret(Algorithm[FerretReplica]):
     last round, which all derive from the coordinates that the server relayed; round 1 goes by size.
     """
 
-    name: ClassVar[str] = "ferret"
+    name = "ferret"
     config: FerretConfig
     server_learning_rate: float
     train: Train
@@ -68,6 +68,15 @@ class Ferret(Algorithm[FerretReplica]):
         except ValueError as error:
             raise ConfigError(f"ferret: {error}") from None
         return FerretReplica(model, plan.select(named), plan=plan)
+
+    def notes(self, replica: FerretReplica) -> list[str]:
+        size = sum(param.numel() for param in replica.params)
+        if size > replica.plan.K:
+            return []
+        return [
+            f"ferret: {replica.plan.K:,} coordinates are no fewer than the {size:,} trainable parameters: "
+            "fedavg sends as much and loses nothing; lower ferret.K"
+        ]
 
     def opening(self, replica: FerretReplica) -> Values:
         return {"contract": self.contract}

@@ -97,7 +97,8 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         weights = client_weights(config, algorithm, shards)
         clients = InProcessClients(algorithm, copy.deepcopy(model), shards, weights, config.seed)
         server = Server(algorithm, model, holders(shards, narrator), config.client_fraction, config.seed)
-        narrator.say(_describe(server))
+        for line in (_describe(server), *algorithm.notes(server.replica)):
+            narrator.say(line)
         batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
             config.rounds,
@@ -150,8 +151,10 @@ def client_weights(
 
 
 def holders(shards: Sequence[Sequence[Example]], narrator: Narrator) -> list[int]:
-    """The clients that hold examples, the only ones that are drawn; says who holds none."""
+    """The clients that hold examples, the only ones that are drawn; says who holds none. Raises DataError."""
     empty = [client for client, shard in enumerate(shards) if not shard]
+    if len(empty) == len(shards):
+        raise DataError("data: expected clients with examples, got none")
     if empty:
         names = ", ".join(map(str, empty))
         narrator.say(f"data: {len(empty)} clients hold no examples and are never drawn: {names}")
