@@ -90,7 +90,7 @@ _DIVERGED = "training diverged, loss or weights are not finite; lower training.l
 def make_optimizer(params: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     """The local optimiser, its state empty. Raises ConfigError where it cannot work in the weights' dtype."""
     rate, decay = config.learning_rate, config.weight_decay
-    if config.optim == "sgd":
+    if config.optim in ("auto", "sgd"):
         return torch.optim.SGD(params, lr=rate, momentum=config.momentum, weight_decay=decay)
     if any(param.dtype == torch.float16 for param in params):
         raise ConfigError(
@@ -146,7 +146,9 @@ def _orders(num_examples: int, seed: int) -> Iterator[list[int]]:
 def _prepare(model: Any, config: TrainingConfig) -> None:
     """Puts the model into training mode, checkpointed and compiled as configured; both stay with it."""
     model.train()
-    if config.gradient_checkpointing and not model.is_gradient_checkpointing:
+    if config.gradient_checkpointing and not any(
+        getattr(part, "gradient_checkpointing", False) for part in model.modules()
+    ):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.torch_compile and model._compiled_call_impl is None:
         model.compile()

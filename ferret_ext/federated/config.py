@@ -69,7 +69,9 @@ class TrainingConfig:
     )
     gradient_accumulation_steps: int = _option(4, "batches a step", at_least=1)
     per_device_train_batch_size: int = _option(1, "records a batch", at_least=1)
-    optim: Literal["sgd", "adam", "adamw"] = _option("sgd", "local optimiser")
+    optim: Literal["auto", "sgd", "adam", "adamw"] = _option(
+        "auto", "local optimiser; auto: adam for fedit, fedprompt and fedptuning, else sgd"
+    )
     learning_rate: float = _option(1e-4, "local learning rate", above=0)
     momentum: float = _option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
     adam_beta1: float = _option(0.9, "decay of adam's first moments", at_least=0, at_most=LARGEST_DECAY)
@@ -101,6 +103,25 @@ class FerretConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained in place of the model's own weights, with the numbers of FedIT and its kin."""
+
+    type: Literal["auto", "none", "lora", "prompt-tuning", "p-tuning"] = _option(
+        "auto", "PEFT adapter; auto: that of fedit, fedprompt or fedptuning, none for other algorithms"
+    )
+    lora_r: int = _option(8, "rank of LoRA's matrices", at_least=1)
+    lora_alpha: int = _option(16, "LoRA's product is multiplied by this over its rank", at_least=1)
+    lora_dropout: float = _option(0.05, "dropout in front of LoRA's matrices", at_least=0, at_most=1)
+    num_virtual_tokens: int = _option(20, "tokens that prompt-tuning and p-tuning put in front", at_least=1)
+    encoder_hidden_size: int | None = _option(
+        None, "width of p-tuning's MLP; none: that of the embeddings", at_least=1
+    )
+    encoder_dropout: float = _option(
+        0.1, "p-tuning's dropout, which PEFT's MLP does not have", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How the global model is evaluated after each round."""
 
@@ -117,7 +138,7 @@ class SimulationConfig:
         "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
     )
     out: str = _option("", "folder for the run's results")
-    algorithm: Literal["ferret", "fedavg"] = _option(
+    algorithm: Literal["ferret", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"] = _option(
         "ferret", "what clients send and how the server adds it up"
     )
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
@@ -141,6 +162,7 @@ class SimulationConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def save(self, path: Path) -> None:
@@ -315,7 +337,7 @@ def _check_together(config: SimulationConfig) -> None:
             raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     if (config.dataset.prompt is None) != (config.dataset.response is None):
         raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
-    if config.training.momentum and config.training.optim != "sgd":
+    if config.training.momentum and config.training.optim not in ("auto", "sgd"):
         raise ConfigError(
             f"training.momentum: expected 0 unless training.optim is sgd, got {config.training.momentum}"
         )

@@ -66,7 +66,7 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("client_fraction", "1.5", "client_fraction: expected a number and > 0 and <= 1, got '1.5'"),
         ("training.learning_rate", "nan", "training.learning_rate: expected a number and > 0, got 'nan'"),
         ("training.learning_rate", "inf", "training.learning_rate: expected a number and > 0, got 'inf'"),
-        ("training.optim", "sgdd", "training.optim: expected sgd or adam or adamw, got 'sgdd'"),
+        ("training.optim", "sgdd", "training.optim: expected auto or sgd or adam or adamw, got 'sgdd'"),
         ("ferret.granularity", "row", "ferret.granularity: expected an integer or tensor or packed and >= 1"),
         ("ferret.granularity", 0, "ferret.granularity: expected"),
         ("training.max_grad_norm", "x", "training.max_grad_norm: expected a number or none and > 0, got 'x'"),

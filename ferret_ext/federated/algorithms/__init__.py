@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret
@@ -14,8 +16,10 @@ from ferret_ext.federated.config import SimulationConfig
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
+    step, train = config.server_learning_rate, trainer.train
     makers: dict[str, Callable[[], Algorithm[Any]]] = {
-        "ferret": lambda: Ferret(config.ferret, config.server_learning_rate, trainer.train),
-        "fedavg": lambda: FedAvg(config.server_learning_rate, trainer.train),
+        "ferret": lambda: Ferret(config.ferret, step, train),
+        "fedavg": lambda: FedAvg(step, train),
+        **{name: partial(FedAvg, step, train, name) for name in adapters.PUBLISHED},
     }
     return makers[config.algorithm]()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import algorithms, models
+from ferret_ext.federated import adapters, algorithms, models
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
@@ -87,9 +87,12 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
     Raises ConfigError, DataError and DivergedError.
     """
+    config = adapters.resolve(config)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
+        full_bytes = models.trainable_bytes(model)
+        model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
         train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
         parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
         shards = [[train[i] for i in part] for part in parts]
@@ -108,7 +111,7 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
                 evaluation_loss, examples=held, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
             ),
             narrator,
-            models.trainable_bytes(model),
+            full_bytes,
         )
     return Result(model, tokenizer, history)
 
@@ -188,9 +191,11 @@ def _hold_out(records: list[Record], seed: int) -> tuple[list[Record], list[Reco
 
 
 def _max_length(config: SimulationConfig, model: Any) -> int:
-    """The configured length, or the model's positions where these are fewer."""
+    """The configured length, or the model's positions where these are fewer, less those of an adapter."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    return min(config.dataset.max_length, positions or config.dataset.max_length)
+    if positions is None:
+        return config.dataset.max_length
+    return min(config.dataset.max_length, positions - adapters.virtual_tokens(config.adapter))
 
 
 def _describe(server: Server[Any]) -> str:
