@@ -92,14 +92,47 @@ class TrainingConfig:
 class FerretConfig:
     """How an update is projected (arXiv 2409.06277, section 3)."""
 
-    K: int = _option(4096, "coordinates an update, over all blocks", at_least=1)
-    granularity: int | Literal["tensor", "packed"] = _option(
-        "tensor", "blocks: one a tensor, packed to about the median tensor, or of N elements", at_least=1
+    mode: Literal["paper", "reference-code"] = _option(
+        "paper", "as the paper states the method, or as its authors' code runs it"
+    )
+    K: int = _option(
+        4096, "coordinates an update, over all blocks; reference-code: seeds in the pool", at_least=1
+    )
+    granularity: int | Literal["auto", "tensor", "packed"] = _option(
+        "auto",
+        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: tensor, for "
+        "reference-code packed",
+        at_least=1,
     )
     allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = _option(
         "size", "how K is shared out among the blocks; norms are those of the last round"
     )
-    basis: Literal["rademacher", "uniform", "gaussian"] = _option("rademacher", "entries of the random bases")
+    basis: Literal["auto", "rademacher", "uniform", "gaussian"] = _option(
+        "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
+    )
+    slr_schedule: Literal["none", "linear", "cosine"] = _option(
+        "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
+    )
+    slr_min: float = _option(0.0, "reference-code: where server_learning_rate falls to", at_least=0)
+    pool_momentum: float = _option(
+        0.0,
+        "reference-code: what is kept of the pool's coefficients; the authors' default is 0.9",
+        at_least=0,
+    )
+
+    @property
+    def chosen_granularity(self) -> int | Literal["tensor", "packed"]:
+        """`granularity`, auto resolved."""
+        if self.granularity == "auto":
+            return "tensor" if self.mode == "paper" else "packed"
+        return self.granularity
+
+    @property
+    def chosen_basis(self) -> Literal["rademacher", "uniform", "gaussian"]:
+        """`basis`, auto resolved."""
+        if self.basis == "auto":
+            return "rademacher" if self.mode == "paper" else "uniform"
+        return self.basis
 
 
 @dataclass(frozen=True)

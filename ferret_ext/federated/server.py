@@ -21,6 +21,7 @@ class Server(Generic[R]):
         self.algorithm = algorithm
         self.replica = algorithm.replicate(model)
         self.broadcasts = [algorithm.open(self.replica)]
+        algorithm.rebuild(self.replica, self.broadcasts[0])
         self._clients = clients
         self._num_chosen = max(1, round(fraction * len(clients)))
         self._seed = seed

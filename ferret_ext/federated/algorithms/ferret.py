@@ -19,14 +19,14 @@ from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import (
     Algorithm,
     LocalData,
-    Replica,
     Train,
     Values,
     check,
     shares,
     stream_contract,
 )
-from ferret_ext.federated.config import ConfigError, FerretConfig
+from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
+from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
@@ -34,19 +34,8 @@ from ferret_ext.federated.wire import Message
 BY_NORM = ("norm", "sqrt-norm", "mse")
 
 
-@dataclass(kw_only=True)
-class FerretReplica(Replica):
-    """A replica and the plan that the next round's updates are projected with."""
-
-    plan: ferret_ext.BlockPlan
-
-    @property
-    def digest(self) -> bytes:
-        return bytes.fromhex(self.plan.digest())[: wire.DIGEST_BYTES]
-
-
 @dataclass(frozen=True)
-class Ferret(Algorithm[FerretReplica]):
+class Ferret(Algorithm[PlanReplica]):
     """w_r = w_{r-1} - server_learning_rate * mean_i V_i gamma_i, over the round's clients i.
 
     K_l must be known to everybody before the round. An allocation by norm therefore takes the norms of the
@@ -58,18 +47,12 @@ class Ferret(Algorithm[FerretReplica]):
     server_learning_rate: float
     train: Train
 
-    def replicate(self, model: Any) -> FerretReplica:
-        named = list(model.named_parameters())
+    def replicate(self, model: Any) -> PlanReplica:
         allocation = "size" if self.config.allocation in BY_NORM else self.config.allocation
-        try:
-            plan = ferret_ext.BlockPlan.from_parameters(
-                named, self.config.K, granularity=self.config.granularity, allocation=allocation
-            )
-        except ValueError as error:
-            raise ConfigError(f"ferret: {error}") from None
-        return FerretReplica(model, plan.select(named), plan=plan)
+        plan = make_plan(model, self.config.K, self.config.chosen_granularity, allocation)
+        return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
 
-    def notes(self, replica: FerretReplica) -> list[str]:
+    def notes(self, replica: PlanReplica) -> list[str]:
         size = sum(param.numel() for param in replica.params)
         if size > replica.plan.K:
             return []
@@ -78,30 +61,28 @@ class Ferret(Algorithm[FerretReplica]):
             "fedavg sends as much and loses nothing; lower ferret.K"
         ]
 
-    def opening(self, replica: FerretReplica) -> Values:
+    def opening(self, replica: PlanReplica) -> Values:
         return {"contract": self.contract}
 
-    def begin(self, replica: FerretReplica, broadcast: Message) -> None:
+    def begin(self, replica: PlanReplica, broadcast: Message) -> None:
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
 
-    def contribute(self, replica: FerretReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+    def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         with watch("local"):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         seed = derive(data.seed, "basis")
         with watch("project"):
             gammas = ferret_ext.project_difference(
-                replica.plan, replica.start, replica.params, seed, basis=self.config.basis
+                replica.plan, replica.start, replica.params, seed, basis=self.config.chosen_basis
             )
         return {"contract": self.contract, "seed": seed, "gammas": gammas.float().cpu().numpy()}, loss
 
-    def combine(
-        self, replica: FerretReplica, updates: Sequence[Message], received: Sequence[bytes]
-    ) -> Values:
+    def combine(self, replica: PlanReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
         for update in updates:
             self._check_values(replica, update)
         return {"contract": self.contract, "step": self.server_learning_rate, "updates": list(received)}
 
-    def advance(self, replica: FerretReplica, broadcast: Message) -> None:
+    def advance(self, replica: PlanReplica, broadcast: Message) -> None:
         updates = [wire.decode(update) for update in broadcast.value("updates", list)]
         for update in updates:
             self.check_update(update, broadcast.digest, broadcast.round)
@@ -113,16 +94,16 @@ class Ferret(Algorithm[FerretReplica]):
         ]
         step = broadcast.value("step", float)
         with torch.no_grad():
-            ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.basis)
+            ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.chosen_basis)
         if self.config.allocation in BY_NORM:
             norms = block_norms(replica.plan, updates)
             replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
 
     @property
     def contract(self) -> int:
-        return stream_contract(self.config.basis)
+        return stream_contract(self.config.chosen_basis)
 
-    def _check_values(self, replica: FerretReplica, update: Message) -> None:
+    def _check_values(self, replica: PlanReplica, update: Message) -> None:
         sender = f"client {update.client}'s update"
         check(self.name, sender, "contract", self.contract, update.value("contract", int))
         check(self.name, sender, "seed below 2^64", True, update.value("seed", int) >= 0)
