@@ -58,7 +58,7 @@ def random_example(client: int, length: int) -> Example:
     return Example(tuple(tokens.tolist()), prompt_length=0)
 
 
-def local_step(model: Any, examples: Sequence[Example], seed: int) -> float:
+def local_step(model: Any, examples: Sequence[Example], seed: int, client: int = 0) -> float:
     """Forward, backward and one step of SGD on the examples; the loss. Nothing in it is random."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     loss = model(**collate(examples, 0, model.device), use_cache=False).loss

@@ -19,6 +19,7 @@ import yaml
 
 from ferret_ext.federated.data.sources import EVAL_SPLIT
 
+LARGEST_DECAY = 0.999999  # optimisers want less than 1
 Setting = tuple[str, Any]  # dotted key and value
 
 
@@ -63,28 +64,94 @@ class TrainingConfig:
     """A client's local training in one round."""
 
     max_steps: int = _option(10, "optimiser steps T a round", at_least=1)
+    num_train_epochs: float | None = _option(
+        None, "passes over a client's records a round, in place of max_steps", above=0
+    )
     gradient_accumulation_steps: int = _option(4, "batches a step", at_least=1)
     per_device_train_batch_size: int = _option(1, "records a batch", at_least=1)
-    optim: Literal["sgd", "adam"] = _option("sgd", "local optimiser, new in every round")
+    optim: Literal["auto", "sgd", "adam", "adamw"] = _option(
+        "auto", "local optimiser; auto: adam for fedit, fedprompt and fedptuning, else sgd"
+    )
     learning_rate: float = _option(1e-4, "local learning rate", above=0)
-    weight_decay: float = _option(0.0, "L2 penalty of the local optimiser", at_least=0)
+    momentum: float = _option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta1: float = _option(0.9, "decay of adam's first moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta2: float = _option(0.999, "decay of adam's second moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_epsilon: float = _option(1e-8, "added to the root of adam's second moments", above=0)
+    weight_decay: float = _option(0.0, "L2 penalty; with adamw, decay apart from the gradient", at_least=0)
     max_grad_norm: float | None = _option(
         None, "gradients are clipped to this norm; none: no clipping", above=0
     )
+    keep_state: bool = _option(
+        False, "a client's momentum and moments go on in its next round; else they begin at zero"
+    )
+    gradient_checkpointing: bool = _option(False, "less memory: activations are computed a second time")
+    torch_compile: bool = _option(False, "compiles the model for local training")
 
 
 @dataclass(frozen=True)
 class FerretConfig:
     """How an update is projected (arXiv 2409.06277, section 3)."""
 
-    K: int = _option(4096, "coordinates an update, over all blocks", at_least=1)
-    granularity: int | Literal["tensor", "packed"] = _option(
-        "tensor", "blocks: one a tensor, packed to about the median tensor, or of N elements", at_least=1
+    mode: Literal["paper", "reference-code"] = _option(
+        "paper", "as the paper states the method, or as its authors' code runs it"
+    )
+    K: int = _option(
+        4096, "coordinates an update, over all blocks; reference-code: seeds in the pool", at_least=1
+    )
+    granularity: int | Literal["auto", "tensor", "packed"] = _option(
+        "auto",
+        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: tensor, for "
+        "reference-code packed",
+        at_least=1,
     )
     allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = _option(
         "size", "how K is shared out among the blocks; norms are those of the last round"
     )
-    basis: Literal["rademacher", "uniform", "gaussian"] = _option("rademacher", "entries of the random bases")
+    basis: Literal["auto", "rademacher", "uniform", "gaussian"] = _option(
+        "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
+    )
+    slr_schedule: Literal["none", "linear", "cosine"] = _option(
+        "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
+    )
+    slr_min: float = _option(0.0, "reference-code: where server_learning_rate falls to", at_least=0)
+    pool_momentum: float = _option(
+        0.0,
+        "reference-code: what is kept of the pool's coefficients; the authors' default is 0.9",
+        at_least=0,
+    )
+
+    @property
+    def chosen_granularity(self) -> int | Literal["tensor", "packed"]:
+        """`granularity`, auto resolved."""
+        if self.granularity == "auto":
+            return "tensor" if self.mode == "paper" else "packed"
+        return self.granularity
+
+    @property
+    def chosen_basis(self) -> Literal["rademacher", "uniform", "gaussian"]:
+        """`basis`, auto resolved."""
+        if self.basis == "auto":
+            return "rademacher" if self.mode == "paper" else "uniform"
+        return self.basis
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained in place of the model's own weights, with the numbers of FedIT and its kin."""
+
+    type: Literal["auto", "none", "lora", "prompt-tuning", "p-tuning"] = _option(
+        "auto", "PEFT adapter; auto: that of fedit, fedprompt or fedptuning, none for other algorithms"
+    )
+    lora_r: int = _option(8, "rank of LoRA's matrices", at_least=1)
+    lora_alpha: int = _option(16, "LoRA's product is multiplied by this over its rank", at_least=1)
+    lora_dropout: float = _option(0.05, "dropout in front of LoRA's matrices", at_least=0, at_most=1)
+    num_virtual_tokens: int = _option(20, "tokens that prompt-tuning and p-tuning put in front", at_least=1)
+    encoder_hidden_size: int | None = _option(
+        None, "width of p-tuning's MLP; none: that of the embeddings", at_least=1
+    )
+    encoder_dropout: float = _option(
+        0.1, "p-tuning's dropout, which PEFT's MLP does not have", at_least=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -104,10 +171,15 @@ class SimulationConfig:
         "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
     )
     out: str = _option("", "folder for the run's results")
-    algorithm: Literal["ferret"] = _option("ferret", "what clients send and how the server adds it up")
+    algorithm: Literal["ferret", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"] = _option(
+        "ferret", "what clients send and how the server adds it up"
+    )
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
     num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
     client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
+    client_weights: Literal["auto", "uniform", "examples", "batches"] = _option(
+        "auto", "what a client counts by in the mean; auto: as the algorithm was published"
+    )
     server_learning_rate: float = _option(1.0, "step along the clients' mean update", above=0)
     seed: int = _option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
@@ -123,6 +195,7 @@ class SimulationConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def save(self, path: Path) -> None:
@@ -297,6 +370,10 @@ def _check_together(config: SimulationConfig) -> None:
             raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     if (config.dataset.prompt is None) != (config.dataset.response is None):
         raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
+    if config.training.momentum and config.training.optim not in ("auto", "sgd"):
+        raise ConfigError(
+            f"training.momentum: expected 0 unless training.optim is sgd, got {config.training.momentum}"
+        )
     limit = config.dataset.max_prompt_length
     if limit is not None and limit >= config.dataset.max_length:
         raise ConfigError(

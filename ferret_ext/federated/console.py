@@ -57,6 +57,9 @@ class Narration:
         if self._clients is not None:
             self._progress.advance(self._clients)
 
+    def client_left_out(self, round_: int, client: int, reason: str) -> None:
+        self.say(f"round {round_}: client {client} is left out: {reason}")
+
     def round_ends(self, metrics: RoundMetrics) -> None:
         self._folder.append(metrics)
         self.say(_line(metrics, self._rounds))

@@ -19,11 +19,12 @@ from ferret_ext.federated.data.tokens import IGNORED, Example, collate
 class RoundMetrics:
     """One line of metrics.jsonl. Round 0 is the model before any training; its bytes and seconds are 0.
 
-    eval_loss: see `evaluation_loss`. train_loss: mean over the round's clients of their local training's mean
+    clients: who was drawn. left_out: those of them whose training failed and who sent nothing.
+    eval_loss: see `evaluation_loss`. train_loss: mean over the other clients of their local training's mean
     loss.
     payload_bytes_up, payload_bytes_down: lengths of the messages that the round's clients sent and received,
-    all of them together. model_bytes: all trainable parameters, what one client sends in one direction
-    without projection.
+    all of them together. model_bytes: all trainable parameters of the model without adapters, what one
+    client sends in one direction in full-parameter tuning without projection.
     seconds_local, seconds_project, seconds_rebuild: sums over the round's clients. Clients that share one
     process share one rebuilt model, so a broadcast is applied, and its time counted, once. seconds_server:
     checking, relaying and applying the updates. seconds_eval: the evaluation.
@@ -31,6 +32,7 @@ class RoundMetrics:
 
     round: int
     clients: list[int]
+    left_out: list[int]
     eval_loss: float
     train_loss: float | None
     payload_bytes_up: int
@@ -80,6 +82,7 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
         batch = collate(examples[start : start + batch_size], pad_token_id, model.device)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        logits = logits[:, -labels.shape[1] :]  # without those of virtual tokens, which stand in front
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ferret_ext.federated import adapters
 from ferret_ext.federated.config import ConfigError, SimulationConfig
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.plot import save_plot
@@ -48,10 +49,9 @@ class RunFolder:
             file.write(json.dumps(dataclasses.asdict(metrics), allow_nan=False) + "\n")
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
-        """Writes the plot, and the global model as a folder for transformers."""
+        """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
         save_plot(history, self.path)
-        model.save_pretrained(self.path / "model")
-        tokenizer.save_pretrained(self.path / "model")
+        adapters.save(model, tokenizer, self.path / "model")
 
     def _check(self, overwrite: bool) -> None:
         out = self._config.out

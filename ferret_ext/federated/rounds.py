@@ -11,6 +11,7 @@ from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.wire import NotFiniteError
 
 
 class Watcher(Protocol):
@@ -19,6 +20,8 @@ class Watcher(Protocol):
     def round_begins(self, round_: int, clients: list[int]) -> None: ...
 
     def client_done(self, round_: int, client: int) -> None: ...
+
+    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
 
     def round_ends(self, metrics: RoundMetrics) -> None: ...
 
@@ -37,7 +40,8 @@ def run_rounds(
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
-    Raises DivergedError where the evaluation loss is no longer finite.
+    A client whose training fails is left out of its round, whose mean is that of the others. Raises
+    DivergedError where that leaves none, or the evaluation loss is no longer finite.
 
     for r = 1 .. R:
         the server draws the round's clients
@@ -61,8 +65,14 @@ def run_rounds(
         clients = server.choose(round_)
         watcher.round_begins(round_, clients)
         replies = exchange(round_, clients, server)
-        with watch("server"):
-            server.apply([reply.payload for reply in replies])
+        payloads = [reply.payload for reply in replies if not reply.failure]
+        if not payloads:
+            raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
+        try:
+            with watch("server"):
+                server.apply(payloads)
+        except NotFiniteError as error:
+            raise DivergedError(f"round {round_}: {error}; lower server_learning_rate") from None
         history.append(measure(round_, clients, replies, watch))
     return history
 
@@ -75,11 +85,13 @@ def _metrics(
     watch: Stopwatch,
     model_bytes: int,
 ) -> RoundMetrics:
+    losses = [reply.train_loss for reply in replies if not reply.failure]
     return RoundMetrics(
         round=round_,
         clients=clients,
+        left_out=[reply.client for reply in replies if reply.failure],
         eval_loss=eval_loss,
-        train_loss=fmean(reply.train_loss for reply in replies) if replies else None,
+        train_loss=fmean(losses) if losses else None,
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
         model_bytes=model_bytes,

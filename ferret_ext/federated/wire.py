@@ -1,15 +1,19 @@
-"""What crosses between clients and server: little-endian messages, checked to the last byte.
+"""What crosses between clients and server: one kind of message for all algorithms, checked to the last byte.
 
-An *update* is one client's seed and coordinates. A *broadcast* is a round's updates, verbatim, with the step
-that everybody applies them with. Round 0's broadcast is empty: it opens the run.
+An *update* goes from a client to the server, a *broadcast* from the server to the clients. Both say which
+algorithm, model or plan and round they belong to, and carry named values.
 
-    update     "FRET" u8 version  u8 1  8s plan  u32 contract  u32 round  u32 client  u64 seed  f64 weight
-               u32 count  f32[count] coordinates  u32 crc32
-    broadcast  "FRET" u8 version  u8 2  8s plan  u32 contract  u32 round  f64 step
-               u32 count  update[count]  u32 crc32
+    "FRET"  u8 version  u32 head length  head  payloads  u32 crc32          (little-endian)
+    head    msgpack [kind, algorithm, digest, round, client, weight, {name: value}], in its shortest form
 
-`plan` is the first 8 bytes of the block plan's sha256, `contract` the stream contract's tag with the basis
-kind in its low byte, `crc32` that of all bytes before it. Coordinates are float32 whatever the model's dtype.
+Integers, floats and text stand in the head. Arrays, bytes and lists of bytes stand behind it as payloads, one
+after the other without gaps, and in the head as extension types that say how long they are:
+
+    1  array          u8 dtype (its place in DTYPES), u64 of each dimension; C order
+    2  bytes          u64 length
+    3  list of bytes  u64 length of each
+
+`crc32` is that of all bytes before it. Every message has one encoding, and equal messages have equal bytes.
 """
 
 from __future__ import annotations
@@ -17,155 +21,260 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"FRET"
-VERSION = 1
-CONTRACT = 0x00010000  # version 1 of the stream contract; the low byte is the basis kind
-BASES = {"rademacher": 1, "uniform": 2, "gaussian": 3}
+VERSION = 2
+DIGEST_BYTES = 8
+MAX_HEAD = 1 << 20  # bytes
+MAX_NAME = 64  # characters of an algorithm's or a value's name
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: these are its bits, under a name
 
-_UPDATE, _BROADCAST = 1, 2
-_PREFIX = struct.Struct("<4sBB8sII")  # magic, version, kind, plan, contract, round
-_UPDATE_REST = struct.Struct("<IQdI")  # client, seed, weight, count
-_BROADCAST_REST = struct.Struct("<dI")  # step, count
+Kind = Literal["update", "broadcast"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DTYPES: tuple[np.dtype[Any], ...] = (
+    *map(np.dtype, ("<f4", "<f2", "<f8")),
+    BFLOAT16,
+    *map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8")),
+)
+
+_ARRAY, _BYTES, _LIST = 1, 2, 3
+_PREFIX = struct.Struct("<4sBI")  # magic, version, head length
 _CRC = struct.Struct("<I")
 
-Coordinates = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+Value = int | float | str | bytes | Array | list[bytes]
+T = TypeVar("T")
 
 
 class WireError(ValueError):
     """Bytes that are not a message of this format, or values that do not fit into one."""
 
 
-@dataclass(frozen=True, eq=False)
-class Update:
-    """One client's contribution to a round: delta~ = V(seed) gammas, counted with `weight`."""
-
-    plan: bytes
-    basis: str
-    round: int
-    client: int
-    seed: int
-    weight: float
-    gammas: Coordinates = field(repr=False)  # [K]
+class NotFiniteError(WireError):
+    """A NaN or an infinity among the values."""
 
 
 @dataclass(frozen=True, eq=False)
-class Broadcast:
-    """A round's updates: w -= step * sum_i weight_i / (sum_j weight_j) * V(seed_i) gammas_i."""
+class Message:
+    """One message, from one client or from the server.
 
-    plan: bytes
-    basis: str
+    digest: 8 bytes that name the parameters or the block plan that the values are about.
+    client, weight: whose update it is and how much it counts; a broadcast leaves them as they are.
+    values: whole numbers in [-2^63, 2^64), finite floats, text, bytes, lists of bytes, and arrays of the
+        dtypes in DTYPES, whose floats are finite.
+    """
+
+    algorithm: str
+    kind: Kind
+    digest: bytes
     round: int
-    step: float
-    updates: tuple[Update, ...]
+    client: int = 0
+    weight: float = 1.0
+    values: Mapping[str, Value] = field(default_factory=dict, repr=False)
+
+    def value(self, name: str, kind: type[T]) -> T:
+        """The value called `name`; WireError if there is none, or one of another type."""
+        found = self.values.get(name)
+        if type(found) is not kind:
+            raise self._unfit(name, kind.__name__, "none" if found is None else type(found).__name__)
+        return found
+
+    def array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+        """The array called `name`; WireError if there is none, or one of another dtype or shape."""
+        found = self.value(name, np.ndarray)
+        if found.dtype != np.dtype(dtype) or found.shape != shape:
+            expected = f"{np.dtype(dtype)} of shape {list(shape)}"
+            raise self._unfit(name, expected, f"{found.dtype} of shape {list(found.shape)}")
+        return found
+
+    def _unfit(self, name: str, expected: str, got: str) -> WireError:
+        sender = f"client {self.client}'s update" if self.kind == "update" else "broadcast"
+        return WireError(f"{self.algorithm}: {sender} must have {name} as {expected}, got {got}")
 
 
-def encode_update(update: Update) -> bytes:
-    """The update as bytes; WireError if a value does not fit."""
-    gammas = np.ascontiguousarray(update.gammas, dtype="<f4")
-    _check(gammas.ndim == 1, f"gammas must have one dimension, got shape {list(gammas.shape)}")
-    _check_update(update.weight, gammas)
-    head = _pack_prefix(_UPDATE, update.plan, update.basis, update.round)
-    rest = _pack(_UPDATE_REST, update.client, update.seed % 2**64, update.weight, gammas.size)
-    return _seal(head + rest + gammas.tobytes())
+def encode(message: Message) -> bytes:
+    """The message as bytes; WireError if a value does not fit."""
+    _check_message(message)
+    payloads: list[bytes | memoryview] = []
+    values = {name: _write(name, value, payloads) for name, value in message.values.items()}
+    head = _pack(message, values)
+    _check(len(head) <= MAX_HEAD, f"head must have at most {MAX_HEAD} bytes, got {len(head)}")
+    parts = [_PREFIX.pack(MAGIC, VERSION, len(head)), head, *payloads]
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join([*parts, _CRC.pack(crc)])
 
 
-def decode_update(message: bytes) -> Update:
-    """The update in exactly these bytes; WireError for anything else."""
-    update, end = _read_update(message, 0)
-    _check(end == len(message), f"update must end after {end} bytes, got {len(message)}")
-    return update
+def decode(data: bytes) -> Message:
+    """The message in exactly these bytes, its arrays copies of their own; WireError for anything else."""
+    view = memoryview(data)
+    head, at = _read_head(view)
+    reader = _Reader(view[: len(view) - _CRC.size], at)
+    kind, algorithm, digest, round_, client, weight, described = head
+    _check(isinstance(described, dict), "values must be a map")
+    _check(isinstance(kind, int) and kind in range(len(KINDS)), f"kind must be 0 or 1, got {kind!r}")
+    values = {name: _read(name, value, reader) for name, value in described.items()}
+    left = len(reader.view) - reader.at
+    _check(left == 0, f"message must end after its payloads, got {left} more bytes")
+    message = Message(algorithm, KINDS[kind], digest, round_, client, weight, values)
+    _check_message(message)
+    canonical = _pack(message, described) == view[_PREFIX.size : at]
+    _check(canonical, "head must be in its shortest form, without repeated names")
+    return message
 
 
-def encode_broadcast(plan: bytes, basis: str, round_: int, step: float, updates: Sequence[bytes]) -> bytes:
-    """The clients' messages, as they came, in one."""
-    _check(math.isfinite(step), f"step must be finite, got {step}")
-    head = _pack_prefix(_BROADCAST, plan, basis, round_)
-    return _seal(head + _pack(_BROADCAST_REST, step, len(updates)) + b"".join(updates))
+class _Reader:
+    """Hands out the payloads one after the other."""
+
+    def __init__(self, view: memoryview, at: int) -> None:
+        self.view = view
+        self.at = at
+
+    def take(self, name: str, size: int) -> memoryview:
+        left = len(self.view) - self.at
+        _check(size <= left, f"{name} must fit the message, {size} bytes are announced and {left} left")
+        self.at += size
+        return self.view[self.at - size : self.at]
 
 
-def decode_broadcast(message: bytes) -> Broadcast:
-    """The broadcast in exactly these bytes, all updates of its plan, basis and round; WireError otherwise."""
-    plan, basis, round_, at = _unpack_prefix(message, 0, _BROADCAST)
-    step, count = _unpack(_BROADCAST_REST, message, at)
-    _check(math.isfinite(step), f"step must be finite, got {step}")
-    at += _BROADCAST_REST.size
-    updates = []
-    for _ in range(count):
-        update, at = _read_update(message, at)
-        _check(
-            (update.plan, update.basis, update.round) == (plan, basis, round_),
-            f"client {update.client}'s update must be of the broadcast's plan, basis and round",
-        )
-        updates.append(update)
-    end = _check_seal(message, 0, at)
-    _check(end == len(message), f"broadcast must end after {end} bytes, got {len(message)}")
-    return Broadcast(plan, basis, round_, step, tuple(updates))
+def _pack(message: Message, values: Mapping[str, object]) -> bytes:
+    kind = KINDS.index(message.kind)
+    fields = [kind, message.algorithm, message.digest, message.round, message.client, message.weight]
+    try:
+        packed: bytes = msgpack.packb([*fields, dict(values)])
+    except (ValueError, OverflowError) as error:  # integers of more than 64 bits, text that is no Unicode
+        raise WireError(f"wire: a value does not fit its field: {error}") from None
+    return packed
 
 
-def _read_update(message: bytes, start: int) -> tuple[Update, int]:
-    """The update that begins at `start`, and where it ends."""
-    plan, basis, round_, at = _unpack_prefix(message, start, _UPDATE)
-    client, seed, weight, count = _unpack(_UPDATE_REST, message, at)
-    at += _UPDATE_REST.size
-    end = at + 4 * count
-    after = _check_seal(message, start, end)
-    gammas = np.frombuffer(message[at:end], dtype="<f4").astype(np.float32)
-    _check_update(weight, gammas)
-    return Update(plan, basis, round_, client, seed, weight, gammas), after
-
-
-def _check_update(weight: float, gammas: Coordinates) -> None:
-    _check(math.isfinite(weight) and weight > 0, f"weight must be finite and > 0, got {weight}")
-    bad = np.flatnonzero(~np.isfinite(gammas))
-    _check(bad.size == 0, f"gammas must be finite, {bad.size} are not, the first at {bad[:1].tolist()}")
-
-
-def _pack_prefix(kind: int, plan: bytes, basis: str, round_: int) -> bytes:
-    _check(len(plan) == 8, f"plan must be a digest's first 8 bytes, got {len(plan)}")
-    _check(basis in BASES, f"basis must be one of {', '.join(BASES)}, got {basis!r}")
-    return _pack(_PREFIX, MAGIC, VERSION, kind, plan, CONTRACT | BASES[basis], round_)
-
-
-def _unpack_prefix(message: bytes, at: int, kind: int) -> tuple[bytes, str, int, int]:
-    magic, version, got, plan, contract, round_ = _unpack(_PREFIX, message, at)
+def _read_head(view: memoryview) -> tuple[list[Any], int]:
+    """The head's fields, and where the payloads begin, once prefix and checksum are right."""
+    shortest = _PREFIX.size + _CRC.size
+    _check(len(view) >= shortest, f"message must have at least {shortest} bytes, got {len(view)}")
+    magic, version, size = _PREFIX.unpack_from(view)
     _check(magic == MAGIC, f"message must begin with {MAGIC!r}, got {magic!r}")
     _check(version == VERSION, f"format version must be {VERSION}, got {version}")
-    _check(got == kind, f"message kind must be {kind}, got {got}")
-    basis = next((name for name, code in BASES.items() if CONTRACT | code == contract), None)
-    if basis is None:
-        raise WireError(f"wire: contract must be version 1 of the streams, got tag {contract:#010x}")
-    return plan, basis, round_, at + _PREFIX.size
-
-
-def _pack(layout: struct.Struct, *values: object) -> bytes:
-    try:
-        return layout.pack(*values)
-    except struct.error as error:
-        raise WireError(f"wire: a value does not fit its field: {error}") from None
-
-
-def _unpack(layout: struct.Struct, message: bytes, at: int) -> tuple[Any, ...]:
-    _check(at + layout.size <= len(message), f"message of {len(message)} bytes is cut short")
-    return layout.unpack_from(message, at)
-
-
-def _seal(body: bytes) -> bytes:
-    return body + _CRC.pack(zlib.crc32(body))
-
-
-def _check_seal(message: bytes, start: int, end: int) -> int:
-    """Where the message that begins at `start` and has its checksum at `end` is over."""
-    (expected,) = _unpack(_CRC, message, end)
-    got = zlib.crc32(message[start:end])
+    room = min(MAX_HEAD, len(view) - shortest)
+    _check(size <= room, f"head must have at most {room} bytes, got {size}; the message may be cut short")
+    (expected,), got = _CRC.unpack(view[-_CRC.size :]), zlib.crc32(view[: -_CRC.size])
     _check(got == expected, f"checksum must be {expected:#010x}, got {got:#010x}")
-    return end + _CRC.size
+    at = _PREFIX.size + size
+    try:  # the only list is the head itself, so no other length is believed
+        head = msgpack.unpackb(view[_PREFIX.size : at], max_array_len=7)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise WireError(f"wire: head must be msgpack: {type(error).__name__} {error}") from None
+    _check(isinstance(head, list) and len(head) == 7, "head must be a list of 7 fields")
+    return head, at
+
+
+def _write(name: str, value: object, payloads: list[bytes | memoryview]) -> object:
+    """What stands in the head for a value; appends its payload, if it has one."""
+    if isinstance(value, np.ndarray):
+        return _write_array(name, value, payloads)
+    if isinstance(value, bytes):
+        payloads.append(value)
+        return msgpack.ExtType(_BYTES, _lengths([len(value)]))
+    if isinstance(value, list) and all(isinstance(item, bytes) for item in value):
+        payloads += value
+        return msgpack.ExtType(_LIST, _lengths(map(len, value)))
+    _check_plain(name, value)
+    return value
+
+
+def _write_array(name: str, array: Array, payloads: list[bytes | memoryview]) -> object:
+    dtype = array.dtype.newbyteorder("<")
+    _check(dtype in DTYPES, f"{name} must have one of the wire's dtypes, got {array.dtype}")
+    _check_finite(name, array)
+    payloads.append(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
+    return msgpack.ExtType(_ARRAY, bytes([DTYPES.index(dtype)]) + _lengths(array.shape))
+
+
+def _read(name: str, value: object, reader: _Reader) -> Value:
+    if not isinstance(value, msgpack.ExtType):
+        _check_plain(name, value)
+        return value  # type: ignore[return-value]
+    if value.code == _ARRAY:
+        return _read_array(name, value.data, reader)
+    lengths = _read_lengths(name, value.data)
+    if value.code == _BYTES:
+        _check(len(lengths) == 1, f"{name} must have one length, got {len(lengths)}")
+        return bytes(reader.take(name, lengths[0]))
+    _check(value.code == _LIST, f"{name} must be an array, bytes or a list of bytes, got type {value.code}")
+    return [bytes(reader.take(name, length)) for length in lengths]
+
+
+def _read_array(name: str, data: bytes, reader: _Reader) -> Array:
+    _check(data[:1] != b"" and data[0] < len(DTYPES), f"{name} must have one of the wire's dtypes")
+    dtype, shape = DTYPES[data[0]], _read_lengths(name, data[1:])
+    _check(len(shape) <= 8 and max(shape, default=0) < 2**48, f"{name} must have a sane shape, got {shape}")
+    payload = reader.take(name, math.prod(shape) * dtype.itemsize)
+    try:
+        array: Array = np.frombuffer(payload, dtype).reshape(shape).copy()
+    except ValueError as error:  # empty, but too large in its other dimensions
+        raise WireError(f"wire: {name} must have a sane shape, got {shape}: {error}") from None
+    _check_finite(name, array)
+    return array
+
+
+def _lengths(numbers: Iterable[int]) -> bytes:
+    return np.array(list(numbers), "<u8").tobytes()
+
+
+def _read_lengths(name: str, data: bytes) -> list[int]:
+    _check(len(data) % 8 == 0, f"{name} must have lengths of 8 bytes, got {len(data)} bytes")
+    lengths: list[int] = np.frombuffer(data, "<u8").tolist()
+    return lengths
+
+
+def _check_message(message: Message) -> None:
+    """The fields' types and ranges; those of the values are looked at one by one."""
+    _check_name("algorithm", message.algorithm)
+    _check(message.kind in KINDS, f"kind must be one of {', '.join(KINDS)}, got {message.kind!r}")
+    digest = message.digest
+    right = isinstance(digest, bytes) and len(digest) == DIGEST_BYTES
+    _check(right, f"digest must be {DIGEST_BYTES} bytes, got {digest!r}")
+    for name, value in (("round", message.round), ("client", message.client)):
+        fits = type(value) is int and 0 <= value < 2**32
+        _check(fits, f"{name} must be an integer in [0, 2^32), got {value!r}")
+    weight = message.weight
+    right = type(weight) is float and math.isfinite(weight) and weight > 0
+    _check(right, f"weight must be a finite float > 0, got {weight!r}")
+    for name in message.values:
+        _check_name("a value's name", name)
+
+
+def _check_name(what: str, name: object) -> None:
+    fits = isinstance(name, str) and 0 < len(name) <= MAX_NAME
+    _check(fits, f"{what} must be text of 1 to {MAX_NAME} characters, got {name!r:.80}")
+
+
+def _check_plain(name: str, value: object) -> None:
+    plain = type(value) in (int, float, str)
+    _check(
+        plain, f"{name} must be an int, float, str, bytes, array or list of bytes, got {type(value).__name__}"
+    )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NotFiniteError(f"wire: {name} must be finite, got {value}")
+
+
+def _check_finite(name: str, array: Array) -> None:
+    if array.dtype == BFLOAT16:
+        bad = array["bfloat16"].reshape(-1) & 0x7F80 == 0x7F80  # the largest exponent
+    elif array.dtype.kind == "f":
+        bad = ~np.isfinite(array.reshape(-1))
+    else:
+        return
+    if bad.any():
+        first, count = int(bad.argmax()), int(bad.sum())
+        raise NotFiniteError(f"wire: {name} must be finite, {count} elements are not, the first at {first}")
 
 
 def _check(condition: bool, text: str) -> None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
 from itertools import islice
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import examples, tiny_model
 
-from ferret_ext.federated.client import DivergedError, LocalTrainer, endless_batches
-from ferret_ext.federated.config import TrainingConfig
+from ferret_ext.federated.client import (
+    DivergedError,
+    LocalFailure,
+    LocalTrainer,
+    endless_batches,
+    steps,
+)
+from ferret_ext.federated.config import ConfigError, TrainingConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.metrics import evaluation_loss
 
@@ -90,6 +101,161 @@ def test_train_keeps_the_global_random_state() -> None:
 def test_train_reports_divergence() -> None:
     with pytest.raises(DivergedError, match=r"training diverged, .*; lower training.learning_rate"):
         trained(tiny_model(), learning_rate=1e30)
+
+
+def weighted_steps(model: Any, data: list[Example], steps_: list[list[list[int]]], update: Any) -> Any:
+    """Gradients summed by hand, a step's being the mean over its batches, and `update(params, gradients)`."""
+    params = list(model.parameters())
+    for batches in steps_:
+        loss = sum(
+            model(**collate([data[i] for i in batch], 0, torch.device("cpu"))).loss for batch in batches
+        ) / len(batches)
+        with torch.no_grad():
+            update(params, torch.autograd.grad(loss, params))
+    return model
+
+
+def test_train_takes_the_steps_of_sgd_with_momentum() -> None:
+    """v = m v + g + decay w, w -= rate v."""
+    velocity: list[torch.Tensor] = []
+
+    def update(params: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> None:
+        decayed = [g + 0.01 * p for g, p in zip(gradients, params, strict=True)]
+        velocity[:] = [0.9 * v + g for v, g in zip(velocity, decayed, strict=True)] if velocity else decayed
+        for param, v in zip(params, velocity, strict=True):
+            param -= 0.1 * v
+
+    config = TrainingConfig(max_steps=3, momentum=0.9, weight_decay=0.01, learning_rate=0.1)
+    by_hand = weighted_steps(tiny_model(), examples(), list(steps(12, config, 5)), update)
+    got, _ = trained(tiny_model(), momentum=0.9, weight_decay=0.01)
+    torch.testing.assert_close(weights(got), weights(by_hand), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optim", ["adam", "adamw"])
+def test_train_takes_the_steps_of_adam(optim: str) -> None:
+    """Moments with bias correction; adamw shrinks the weights by rate * decay apart from the gradient."""
+    rate, decay, b1, b2, eps = 0.01, 0.1, 0.8, 0.9, 1e-6
+    first: dict[int, Any] = {}
+    second: dict[int, Any] = {}
+    count = [0]
+
+    def update(params: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> None:
+        count[0] += 1
+        for i, (param, g) in enumerate(zip(params, gradients, strict=True)):
+            g = g + decay * param if optim == "adam" else g
+            first[i] = b1 * first.get(i, 0) + (1 - b1) * g
+            second[i] = b2 * second.get(i, 0) + (1 - b2) * g * g
+            if optim == "adamw":
+                param *= 1 - rate * decay
+            step = first[i] / (1 - b1 ** count[0])
+            param -= rate * step / ((second[i] / (1 - b2 ** count[0])).sqrt() + eps)
+
+    settings = {"adam_beta1": b1, "adam_beta2": b2, "adam_epsilon": eps, "weight_decay": decay}
+    settings |= {"optim": optim, "learning_rate": rate, "max_steps": 3}
+    by_hand = weighted_steps(tiny_model(), examples(), list(steps(12, TrainingConfig(**settings), 5)), update)
+    got, _ = trained(tiny_model(), **settings)
+    torch.testing.assert_close(weights(got), weights(by_hand), rtol=1e-4, atol=1e-6)
+
+
+def test_train_keeps_each_clients_state_if_asked() -> None:
+    """Two rounds of 2 steps are one of 4: momentum goes on, and other clients do not disturb it."""
+    config = TrainingConfig(max_steps=2, momentum=0.9, learning_rate=0.1, keep_state=True)
+    trainer, model, data = LocalTrainer(config, 0), tiny_model(), examples(1)
+    trainer.train(model, data, seed=1, client=7)
+    trainer.train(tiny_model(3), data, seed=2, client=8)
+    trainer.train(model, data, seed=3, client=7)
+    whole = LocalTrainer(dataclasses.replace(config, max_steps=4), 0)
+    at_once = tiny_model()
+    whole.train(at_once, data, seed=1)
+    assert torch.equal(weights(model), weights(at_once))
+    assert sorted(trainer.states) == [7, 8]
+    dropped, fresh = LocalTrainer(dataclasses.replace(config, keep_state=False), 0), tiny_model()
+    for seed in (1, 3):
+        dropped.train(fresh, data, seed, client=7)
+    assert not dropped.states
+    assert not torch.equal(weights(fresh), weights(at_once))
+
+
+def test_train_forgets_the_state_of_a_client_that_diverged() -> None:
+    config = TrainingConfig(max_steps=1, momentum=0.9, learning_rate=0.1, keep_state=True)
+    trainer, broken = LocalTrainer(config, 0), tiny_model()
+    trainer.train(tiny_model(), examples(), seed=1, client=7)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError):
+        trainer.train(broken, examples(), seed=1, client=7)
+    assert not trainer.states
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_train_works_in_half_precision(dtype: torch.dtype) -> None:
+    """Close to float32's weights, by the format's own precision."""
+    half, loss = trained(tiny_model(dtype=dtype), momentum=0.9)
+    single, exact = trained(tiny_model(), momentum=0.9)
+    assert half.dtype == dtype
+    assert loss == pytest.approx(exact, rel=0.02)
+    assert (weights(half).float() - weights(single)).norm() < 0.01 * weights(single).norm()
+
+
+def test_train_refuses_adam_in_float16() -> None:
+    with pytest.raises(ConfigError, match=r"training.optim: expected sgd for float16 weights, got adam, "):
+        trained(tiny_model(dtype=torch.float16), optim="adam")
+    got, _ = trained(tiny_model(dtype=torch.bfloat16), optim="adam", learning_rate=0.01)
+    assert weights(got).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    model, loss = trained(tiny_model(), gradient_checkpointing=True)
+    plain, same = trained(tiny_model())
+    assert model.is_gradient_checkpointing
+    assert loss == same
+    assert torch.equal(weights(model), weights(plain))
+
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps() -> None:
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    compiled, _ = trained(tiny_model(), torch_compile=True)
+    plain, _ = trained(tiny_model())
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_tied_weights_are_trained_as_one() -> None:
+    model, _ = trained(tiny_model(), num_train_epochs=1.0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
+
+
+def test_train_refuses_a_client_without_examples() -> None:
+    with pytest.raises(LocalFailure, match="it holds no examples"):
+        LocalTrainer(TrainingConfig(), 0).train(tiny_model(), [], seed=1)
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 2}, {"num_train_epochs": 1.0}])
+def test_train_takes_a_single_example(settings: dict[str, Any]) -> None:
+    """By max_steps it fills the batch again and again; an epoch has it once."""
+    config = TrainingConfig(per_device_train_batch_size=4, learning_rate=0.1, **settings)
+    loss = LocalTrainer(config, 0).train(tiny_model(), examples(1), seed=1)
+    assert math.isfinite(loss)
+    expected = [[[0, 0, 0, 0]] * 4] * 2 if "max_steps" in settings else [[[0]]]
+    assert list(steps(1, config, 1)) == expected
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 4), st.floats(0.1, 3), st.integers(0, 2**64 - 1))
+def test_steps_of_epochs_show_every_example_once_a_pass(
+    n: int, size: int, group: int, epochs: float, seed: int
+) -> None:
+    config = TrainingConfig(
+        num_train_epochs=epochs, per_device_train_batch_size=size, gradient_accumulation_steps=group
+    )
+    grouped = list(steps(n, config, seed))
+    batches = [batch for step in grouped for batch in step]
+    assert len(batches) == math.ceil(epochs * math.ceil(n / size))
+    assert {len(step) for step in grouped[:-1]} <= {group}
+    shown = [i for batch in batches for i in batch]
+    for start in range(0, len(shown) - n + 1, n):
+        assert sorted(shown[start : start + n]) == list(range(n))
 
 
 def test_endless_batches_show_every_example_once_a_pass() -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from federation import Federation, federate, flat, locally_trained, toy, train
 from torch import Tensor, nn
 
 import ferret_ext
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import LocalData
 from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
 from ferret_ext.federated.config import ConfigError, FerretConfig
-from ferret_ext.federated.data.tokens import Example
-from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import WireError
 
@@ -25,49 +21,8 @@ STEP = 0.4
 VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
 
 
-def toy() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
-def train(model: Any, data: Sequence[Example], seed: int) -> float:
-    """Five SGD steps on a regression drawn from the seed; the examples are not looked at."""
-    random = torch.Generator().manual_seed(seed % 2**63)
-    x = torch.randn(20, 9, generator=random).to(next(model.parameters()).dtype)
-    y = torch.randn(20, 3, generator=random).to(x.dtype)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-@dataclass
-class Federation:
-    """A server and one client replica for all, as an engine would hold them."""
-
-    algorithm: Ferret
-    server: Server[Any]
-    client: Any
-
-    def round(self, clients: int = 3) -> list[bytes]:
-        round_ = len(self.server.broadcasts)
-        messages = []
-        for client in range(clients):
-            data = LocalData(client, round_, 100 * round_ + client, [])
-            messages.append(self.algorithm.client_update(self.client, data, self.server.broadcasts).payload)
-        self.server.apply(messages)
-        return messages
-
-
 def federation(model: nn.Module | None = None, **settings: Any) -> Federation:
-    model = model or toy()
-    algorithm = Ferret(FerretConfig(**{"K": 40, **settings}), STEP, train)
-    return Federation(
-        algorithm, Server(algorithm, model, 3, 1.0, 0), algorithm.replicate(copy.deepcopy(model))
-    )
+    return federate(Ferret(FerretConfig(**{"K": 40, **settings}), STEP, train), model)
 
 
 def basis_matrix(block: ferret_ext.Block, seed: int, basis: Any) -> Tensor:
@@ -81,28 +36,23 @@ def basis_matrix(block: ferret_ext.Block, seed: int, basis: Any) -> Tensor:
     return torch.stack([column(k) for k in range(block.k)], dim=1)
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-
-
 def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> Tensor:
     """w - step * mean_i V_i gamma_i with gamma_l = V_l^T delta_l / (rho_l K_l), trained anew here."""
     start = toy()
     plan = fed.algorithm.replicate(start).plan
     total = torch.zeros(sum(block.numel for block in plan.blocks), dtype=torch.float64)
     for message in messages:
-        update = wire.decode_update(message)
-        model = toy()
-        train(model, [], derive(100 + update.client, "training"))
-        delta = flat(list(start.parameters())) - flat(list(model.parameters()))
+        update = wire.decode(message)
+        model = locally_trained(start, update.client)
+        delta = flat(start.parameters()) - flat(model.parameters())
         parts = delta.split([block.numel for block in plan.blocks])
         rebuilt = []
         for block, part in zip(plan.blocks, parts, strict=True):
-            V = basis_matrix(block, update.seed, basis)
+            V = basis_matrix(block, update.values["seed"], basis)
             gamma = V.T @ part * block.numel / (VARIANCE[basis] * block.k)
             rebuilt.append(V @ gamma)
         total += torch.cat(rebuilt) / len(messages)
-    return flat(list(start.parameters())) - STEP * total
+    return flat(start.parameters()) - STEP * total
 
 
 @pytest.mark.parametrize("basis", ["rademacher", "uniform", "gaussian"])
@@ -112,7 +62,7 @@ def test_round_is_the_papers(basis: str, granularity: Any) -> None:
     messages = fed.round()
     expected = federate_by_the_book(fed, messages, basis)
     torch.testing.assert_close(flat(fed.server.replica.params), expected, rtol=0, atol=2e-6)
-    assert (flat(fed.server.replica.params) - flat(list(toy().parameters()))).norm() > 0.01
+    assert (flat(fed.server.replica.params) - flat(toy().parameters())).norm() > 0.01
 
 
 @pytest.mark.parametrize("allocation", ["size", "norm", "mse"])
@@ -120,9 +70,7 @@ def test_clients_and_server_hold_the_same_bits(allocation: str) -> None:
     fed = federation(allocation=allocation)
     for _ in range(3):
         fed.round()
-    fed.client.rewind()
-    for broadcast in fed.server.broadcasts:
-        fed.algorithm.rebuild(fed.client, broadcast)
+    fed.catch_up()
     assert fed.client.round == fed.server.replica.round == 3
     assert fed.client.plan == fed.server.replica.plan
     for mine, theirs in zip(fed.client.params, fed.server.replica.params, strict=True):
@@ -149,7 +97,7 @@ def test_rounds_repeat_to_the_bit() -> None:
 
 def test_seeds_differ_between_clients_and_rounds() -> None:
     fed = federation()
-    seeds = [wire.decode_update(message).seed for _ in range(3) for message in fed.round()]
+    seeds = [wire.decode(message).values["seed"] for _ in range(3) for message in fed.round()]
     assert len(set(seeds)) == 9
 
 
@@ -159,8 +107,7 @@ def test_clients_train_in_any_dtype(dtype: torch.dtype) -> None:
     fed = federation(toy().to(dtype))
     before = flat(fed.server.replica.params)
     messages = fed.round()
-    fed.client.rewind()
-    fed.algorithm.rebuild(fed.client, fed.server.broadcasts[-1])
+    fed.catch_up()
     after = flat(fed.server.replica.params)
     assert fed.server.replica.params[0].dtype == dtype
     assert after.isfinite().all()
@@ -172,13 +119,12 @@ def test_clients_train_in_any_dtype(dtype: torch.dtype) -> None:
 def test_clients_of_different_dtypes_share_a_round() -> None:
     """A bfloat16 client's update is the float32 client's but for its own rounding."""
     single, half = federation(), federation(toy().bfloat16())
-    message, other = single.round(1)[0], half.round(1)[0]
+    message, other = single.round([1.0])[0], half.round([1.0])[0]
     mixed = federation()
-    update = wire.decode_update(other)
-    renamed = wire.encode_update(wire.Update(**{**vars(update), "client": 1}))
-    mixed.server.apply([message, renamed])
-    gammas = torch.from_numpy(wire.decode_update(message).gammas)
-    difference = torch.from_numpy(update.gammas) - gammas
+    update = wire.decode(other)
+    mixed.server.apply([message, changed(other, client=1)])
+    gammas = torch.from_numpy(wire.decode(message).values["gammas"])
+    difference = torch.from_numpy(update.values["gammas"]) - gammas
     assert difference.norm() < 0.2 * gammas.norm()
     assert flat(mixed.server.replica.params).isfinite().all()
 
@@ -202,7 +148,7 @@ def test_block_norms_estimate_the_updates_norms() -> None:
     named = [(f"p{i}", nn.Parameter(tensor)) for i, tensor in enumerate(new)]
     plan = ferret_ext.BlockPlan.from_parameters(named, 3000)
     gammas = ferret_ext.project_difference(plan, old, new, 7)
-    update = wire.Update(bytes(8), "rademacher", 1, 0, 7, 1.0, gammas.numpy())
+    update = wire.Message("ferret", "update", bytes(8), 1, values={"gammas": gammas.numpy()})
     estimate = torch.tensor(block_norms(plan, [update]))
     exact = torch.tensor([tensor.norm().item() for tensor in new])
     assert ((estimate / exact - 1).abs() < 5 / (2 * 1000) ** 0.5).all()
@@ -219,15 +165,22 @@ def test_allocation_by_norm_follows_the_last_round() -> None:
 
 
 def changed(message: bytes, **fields: Any) -> bytes:
-    return wire.encode_update(wire.Update(**{**vars(wire.decode_update(message)), **fields}))
+    """The message with other fields, or other values."""
+    decoded = wire.decode(message)
+    values = {**decoded.values, **{name: fields.pop(name) for name in decoded.values if name in fields}}
+    return wire.encode(dataclasses.replace(decoded, values=values, **fields))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"round": 2}, "client 0's update must have round 1, got 2"),
-        ({"plan": bytes(8)}, "client 0's update must have plan .*, got 0000000000000000"),
-        ({"basis": "uniform"}, "client 0's update must have basis rademacher, got uniform"),
+        ({"digest": bytes(8)}, "client 0's update must have digest .*, got 0000000000000000"),
+        ({"contract": 0x10002}, "client 0's update must have contract 65537, got 65538"),
+        ({"contract": 1.0}, "client 0's update must have contract as int, got float"),
+        ({"seed": -1}, "client 0's update must have seed below 2\\^64"),
+        ({"kind": "broadcast"}, "client 0's update must have kind update, got broadcast"),
+        ({"algorithm": "fedavg"}, "client 0's update must have algorithm ferret, got fedavg"),
     ],
 )
 def test_server_refuses_updates_of_another_run(fields: dict[str, Any], message: str) -> None:
@@ -242,8 +195,9 @@ def test_server_refuses_updates_of_another_run(fields: dict[str, Any], message: 
 
 def test_server_refuses_other_lengths_and_second_messages() -> None:
     fed, sent = federation(), federation().round()
-    short = changed(sent[0], gammas=wire.decode_update(sent[0]).gammas[:-1])
-    with pytest.raises(WireError, match="client 0's update must have number of coordinates 40, got 39"):
+    short = changed(sent[0], gammas=wire.decode(sent[0]).values["gammas"][:-1])
+    expected = r"client 0's update must have gammas as float32 of shape \[40\], got float32 of shape \[39\]"
+    with pytest.raises(WireError, match=expected):
         fed.server.apply([short])
     with pytest.raises(
         WireError, match=r"round 1 must have one update from each client, got them from \[0, 0\]"
@@ -255,7 +209,7 @@ def test_server_refuses_other_lengths_and_second_messages() -> None:
 
 def test_client_refuses_the_broadcast_of_another_plan() -> None:
     fed, other = federation(), federation(K=41)
-    with pytest.raises(WireError, match="broadcast must have plan"):
+    with pytest.raises(WireError, match="broadcast must have digest"):
         fed.algorithm.rebuild(fed.client, other.server.broadcasts[0])
 
 
@@ -268,9 +222,25 @@ def test_too_few_coordinates_are_a_config_error() -> None:
 
 def test_server_draws_the_fraction_of_the_clients() -> None:
     algorithm = Ferret(FerretConfig(K=40), STEP, train)
-    server = Server(algorithm, toy(), 40, 0.1, seed=3)
+    server = Server(algorithm, toy(), range(40), 0.1, seed=3)
     drawn = [server.choose(round_) for round_ in range(1, 200)]
     assert all(len(clients) == 4 == len(set(clients)) for clients in drawn)
     assert drawn[0] == server.choose(1)
     assert {client for clients in drawn for client in clients} == set(range(40))
-    assert len(Server(algorithm, toy(), 40, 0.001, seed=3).choose(1)) == 1
+    assert len(Server(algorithm, toy(), range(40), 0.001, seed=3).choose(1)) == 1
+
+
+def test_more_coordinates_than_parameters_are_allowed_and_said() -> None:
+    """The error goes on falling as sqrt(d / K); the log says that sending the update itself is cheaper."""
+    fed = federation(K=9400)
+    assert fed.algorithm.notes(fed.server.replica) == [
+        "ferret: 9,400 coordinates are no fewer than the 94 trainable parameters: fedavg sends as much and "
+        "loses nothing; lower ferret.K"
+    ]
+    start = flat(fed.server.replica.params)
+    (message,) = fed.round([1.0])
+    delta = start - flat(locally_trained(toy(), 0).parameters())
+    error = (start - flat(fed.server.replica.params)) / STEP - delta
+    assert wire.decode(message).values["gammas"].size == 9400
+    assert error.norm() < 0.2 * delta.norm()  # sqrt(d / K) = 0.1
+    assert federation(K=93).algorithm.notes(federation(K=93).client) == []

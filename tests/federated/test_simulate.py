@@ -20,6 +20,7 @@ from ferret_ext.federated.cli import main
 from ferret_ext.federated.engines import in_process
 from ferret_ext.federated.engines.in_process import InProcessClients
 
+UPDATE_HEADER = 91
 SECONDS = {f"seconds_{part}" for part in ("local", "project", "rebuild", "server", "eval")}
 
 
@@ -42,7 +43,7 @@ def test_metrics_have_one_line_a_round(small_run: Path) -> None:
         assert required | SECONDS <= set(row)
     for row in rows[1:]:
         assert len(row["clients"]) == 2
-        assert row["payload_bytes_up"] == 2 * (50 + 4 * 64)
+        assert row["payload_bytes_up"] == 2 * (UPDATE_HEADER + 4 * 64)
         assert row["seconds_local"] > 0 < row["seconds_project"]
         assert row["model_bytes"] == 4 * 107_520
     assert rows[0]["payload_bytes_up"] == rows[0]["payload_bytes_down"] == 0
@@ -87,8 +88,8 @@ def test_bytes_in_metrics_are_the_lengths_of_the_messages(
         sent[round_] = sum(len(reply.payload) for reply in replies)
         received[round_] = sum(len(b) for c in clients for b in server.broadcasts[before[c] :])
         for client, reply in zip(clients, replies, strict=True):
-            assert wire.decode_update(reply.payload).client == client
-            relayed = [wire.decode_broadcast(b).round for b in server.broadcasts[before[client] :]]
+            assert wire.decode(reply.payload).client == client
+            relayed = [wire.decode(b).round for b in server.broadcasts[before[client] :]]
             rounds_of.setdefault(client, []).extend(relayed)
         return replies
 

@@ -2,161 +2,277 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zlib
+from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.wire import Update, WireError
+from ferret_ext.federated.wire import BFLOAT16, Message, WireError
 
-PLAN = bytes(range(8))
-UPDATE_OVERHEAD, BROADCAST_OVERHEAD = 50, 38
+DIGEST = bytes(range(8))
+UPDATE_HEADER = 91  # of Ferret's, with a seed of 64 bits and a short client number
 
-coordinates = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20)
-updates = st.builds(
-    Update,
-    plan=st.binary(min_size=8, max_size=8),
-    basis=st.sampled_from(sorted(wire.BASES)),
+plain = st.one_of(
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=10),
+    st.binary(max_size=10),
+    st.lists(st.binary(max_size=10), max_size=3),
+)
+shapes = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> wire.Array:
+    dtype = draw(st.sampled_from(wire.DTYPES))
+    shape = draw(shapes)
+    if dtype == BFLOAT16:
+        words = draw(npst.arrays("<u2", shape, elements=st.integers(0, 0x7F7F)))
+        return words.view(BFLOAT16)
+    finite = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
+    return draw(npst.arrays(dtype, shape, elements=finite))
+
+
+messages = st.builds(
+    Message,
+    algorithm=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+    kind=st.sampled_from(wire.KINDS),
+    digest=st.binary(min_size=8, max_size=8),
     round=st.integers(0, 2**32 - 1),
     client=st.integers(0, 2**32 - 1),
-    seed=st.integers(0, 2**64 - 1),
     weight=st.floats(min_value=1e-9, max_value=1e9),
-    gammas=coordinates.map(lambda values: np.array(values, dtype=np.float32)),
+    values=st.dictionaries(st.text(min_size=1, max_size=8), plain | arrays(), max_size=4),
 )
 
 
-def example(client: int = 0, round_: int = 3, plan: bytes = PLAN, basis: str = "rademacher") -> Update:
-    return Update(plan, basis, round_, client, 2**63 + client, 1.0, np.arange(5, dtype=np.float32) - client)
+def update(**changed: Any) -> Message:
+    values = {"contract": 0x10001, "seed": 2**63 + 2, "gammas": np.arange(-2, 3, dtype=np.float32)}
+    return dataclasses.replace(Message("ferret", "update", DIGEST, 3, 2, 1.0, values), **changed)
 
 
-def fields(update: Update) -> tuple[object, ...]:
-    scalars = (update.plan, update.basis, update.round, update.client, update.seed, update.weight)
-    return (*scalars, update.gammas.tobytes(), update.gammas.dtype)
+def broadcast() -> Message:
+    sent = [wire.encode(update(client=client)) for client in (0, 1)]
+    return Message("ferret", "broadcast", DIGEST, 3, values={"step": 0.3, "updates": sent})
 
 
-@given(updates)
-def test_update_round_trip(update: Update) -> None:
-    message = wire.encode_update(update)
-    assert fields(wire.decode_update(message)) == fields(update)
-    assert len(message) == UPDATE_OVERHEAD + 4 * update.gammas.size
+def comparable(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    return type(value), repr(value)
 
 
-@given(st.lists(updates, max_size=4), st.floats(allow_nan=False, allow_infinity=False))
-def test_broadcast_round_trip(sent: list[Update], step: float) -> None:
-    sent = [Update(PLAN, "uniform", 9, u.client, u.seed, u.weight, u.gammas) for u in sent]
-    messages = [wire.encode_update(update) for update in sent]
-    message = wire.encode_broadcast(PLAN, "uniform", 9, step, messages)
-    got = wire.decode_broadcast(message)
-    assert (got.plan, got.basis, got.round, got.step) == (PLAN, "uniform", 9, step)
-    assert [fields(update) for update in got.updates] == [fields(update) for update in sent]
-    assert len(message) == BROADCAST_OVERHEAD + sum(map(len, messages))
+def fields(message: Message) -> dict[str, object]:
+    values = [(name, comparable(value)) for name, value in message.values.items()]
+    return {**vars(message), "values": values}
+
+
+@given(messages)
+def test_message_round_trip(message: Message) -> None:
+    data = wire.encode(message)
+    assert fields(wire.decode(data)) == fields(message)
+    assert wire.encode(wire.decode(data)) == data
 
 
 def test_layout_is_as_documented() -> None:
-    update = example(client=2)
-    head = b"FRET" + bytes([1, 1]) + PLAN + struct.pack("<III", 0x00010001, 3, 2)
-    body = head + struct.pack("<QdI", 2**63 + 2, 1.0, 5) + struct.pack("<5f", -2, -1, 0, 1, 2)
-    assert wire.encode_update(update) == body + struct.pack("<I", zlib.crc32(body))
-    opening = b"FRET" + bytes([1, 2]) + PLAN + struct.pack("<IIdI", 0x00010003, 0, 0.5, 0)
-    message = wire.encode_broadcast(PLAN, "gaussian", 0, 0.5, [])
-    assert message == opening + struct.pack("<I", zlib.crc32(opening))
+    head = bytes([0x97, 0, 0xA6]) + b"ferret" + b"\xc4\x08" + DIGEST + bytes([3, 2])
+    head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
+    head += b"\xa8contract\xce\x00\x01\x00\x01" + b"\xa4seed\xcf" + struct.pack(">Q", 2**63 + 2)
+    head += b"\xa6gammas\xc7\x09\x01" + b"\x00" + struct.pack("<Q", 5)
+    body = b"FRET\x02" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
+    data = wire.encode(update())
+    assert data == body + struct.pack("<I", zlib.crc32(body))
+    assert len(data) == UPDATE_HEADER + 4 * 5
 
 
-def test_negative_seed_stands_for_itself_plus_2_to_the_64() -> None:
-    update = Update(PLAN, "rademacher", 0, 0, -1, 1.0, np.zeros(1, np.float32))
-    assert wire.decode_update(wire.encode_update(update)).seed == 2**64 - 1
+def test_layout_of_lists_and_bytes_is_as_documented() -> None:
+    message = Message("a", "broadcast", DIGEST, 0, values={"l": [b"xy", b"z"], "b": b"uvw", "i": -1})
+    head = bytes([0x97, 1, 0xA1]) + b"a" + b"\xc4\x08" + DIGEST + bytes([0, 0])
+    head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
+    head += (
+        b"\xa1l\xd8\x03" + struct.pack("<QQ", 2, 1) + b"\xa1b\xd7\x02" + struct.pack("<Q", 3) + b"\xa1i\xff"
+    )
+    body = b"FRET\x02" + struct.pack("<I", len(head)) + head + b"xyzuvw"
+    assert wire.encode(message) == body + struct.pack("<I", zlib.crc32(body))
 
 
-def both() -> list[bytes]:
-    sent = [wire.encode_update(example(client)) for client in (0, 1)]
-    return [sent[0], wire.encode_broadcast(PLAN, "rademacher", 3, 0.3, sent)]
+def test_bfloat16_travels_as_its_bits() -> None:
+    words = np.array([0x3F80, 0xC000, 0x0001], "<u2")
+    data = wire.encode(update(values={"w": words.view(BFLOAT16)}))
+    assert words.tobytes() in data
+    got = wire.decode(data).values["w"]
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == BFLOAT16
+    assert got.view("<u2").tolist() == words.tolist()
 
 
-def decode(message: bytes, kind: int) -> object:
-    return [wire.decode_update, wire.decode_broadcast][kind](message)
+def test_arrays_of_other_strides_and_byte_orders_travel_as_their_values() -> None:
+    values = np.arange(12, dtype=">f4").reshape(3, 4).T
+    got = wire.decode(wire.encode(update(values={"w": values}))).values["w"]
+    assert isinstance(got, np.ndarray)
+    assert got.tolist() == values.tolist()
+    assert got.flags.writeable
 
 
-@pytest.mark.parametrize("kind", [0, 1])
-def test_any_changed_byte_is_refused(kind: int) -> None:
-    message = both()[kind]
-    for at in range(len(message)):
+@pytest.mark.parametrize("message", [update(), broadcast()], ids=["update", "broadcast"])
+def test_any_changed_byte_is_refused(message: Message) -> None:
+    data = wire.encode(message)
+    for at in range(len(data)):
         for flip in (1, 128, 255):
-            damaged = bytearray(message)
+            damaged = bytearray(data)
             damaged[at] ^= flip
             with pytest.raises(WireError):
-                decode(bytes(damaged), kind)
+                wire.decode(bytes(damaged))
 
 
-@pytest.mark.parametrize("kind", [0, 1])
-def test_any_other_length_is_refused(kind: int) -> None:
-    message = both()[kind]
-    for length in range(len(message)):
+@pytest.mark.parametrize("message", [update(), broadcast()], ids=["update", "broadcast"])
+def test_any_other_length_is_refused(message: Message) -> None:
+    data = wire.encode(message)
+    for length in range(len(data)):
         with pytest.raises(WireError):
-            decode(message[:length], kind)
-    with pytest.raises(WireError, match="must end after"):
-        decode(message + b"\0", kind)
-
-
-@given(st.binary(max_size=200), st.sampled_from([0, 1]))
-def test_noise_is_refused(noise: bytes, kind: int) -> None:
-    with pytest.raises(WireError):
-        decode(noise, kind)
-    with pytest.raises(WireError):
-        decode(both()[kind][:30] + noise, kind)
+            wire.decode(data[:length])
+    with pytest.raises(WireError, match="checksum"):
+        wire.decode(data + b"\0")
+    with pytest.raises(WireError, match="must end after its payloads, got 1 more bytes"):
+        wire.decode(sealed(data[:-4] + b"\0"))
 
 
 def sealed(body: bytes) -> bytes:
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-@pytest.mark.parametrize(
-    ("at", "value", "message"),
-    [
-        (0, b"JUNK", "must begin with b'FRET', got b'JUNK'"),
-        (4, b"\2", "format version must be 1, got 2"),
-        (5, b"\2", "message kind must be 1, got 2"),
-        (14, b"\1\0\2\0", "contract must be version 1 of the streams, got tag 0x00020001"),
-        (14, b"\4\0\1\0", "got tag 0x00010004"),
-        (34, struct.pack("<d", float("nan")), "weight must be finite and > 0, got nan"),
-        (34, struct.pack("<d", -1.0), "weight must be finite and > 0, got -1.0"),
-        (46, struct.pack("<f", float("inf")), r"gammas must be finite, 1 are not, the first at \[0\]"),
-    ],
-)
-def test_wrong_values_under_a_right_checksum_are_named(at: int, value: bytes, message: str) -> None:
-    body = bytearray(wire.encode_update(example())[:-4])
-    body[at : at + len(value)] = value
-    with pytest.raises(WireError, match=message):
-        wire.decode_update(sealed(bytes(body)))
+def framed(head: bytes, payload: bytes = b"") -> bytes:
+    return sealed(b"FRET\x02" + struct.pack("<I", len(head)) + head + payload)
 
 
-@pytest.mark.parametrize("other", [example(round_=4), example(plan=bytes(8)), example(basis="uniform")])
-def test_broadcast_holds_updates_of_its_own_round_only(other: Update) -> None:
-    message = wire.encode_broadcast(PLAN, "rademacher", 3, 0.3, [wire.encode_update(other)])
-    with pytest.raises(WireError, match="client 0's update must be of the broadcast's plan, basis and round"):
-        wire.decode_broadcast(message)
+@given(st.binary(max_size=200))
+def test_noise_is_refused(noise: bytes) -> None:
+    for data in (noise, sealed(noise), framed(noise), framed(noise[:20], noise[20:])):
+        with pytest.raises(WireError):
+            wire.decode(data)
+
+
+@given(st.data())
+def test_a_changed_head_under_a_right_checksum_is_refused_or_canonical(data: st.DataObject) -> None:
+    """No other error than WireError, and whatever is accepted has no second encoding."""
+    body = bytearray(wire.encode(data.draw(messages))[:-4])
+    for _ in range(data.draw(st.integers(1, 3))):
+        body[data.draw(st.integers(9, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        got = wire.decode(sealed(bytes(body)))
+    except WireError:
+        return
+    assert wire.encode(got) == sealed(bytes(body))
+
+
+def head_with(**changed: Any) -> bytes:
+    names = ["kind", "algorithm", "digest", "round", "client", "weight", "values"]
+    fields = dict(zip(names, [0, "ferret", DIGEST, 3, 2, 1.0, {}], strict=True))
+    return msgpack.packb(list({**fields, **changed}.values()))  # type: ignore[no-any-return]
+
+
+def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
+    return msgpack.ExtType(code, dtype + struct.pack(f"<{len(lengths)}Q", *lengths))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"plan": b"short"}, "plan must be a digest's first 8 bytes, got 5"),
-        ({"basis": "cosine"}, "basis must be one of rademacher, uniform, gaussian, got 'cosine'"),
-        ({"round": -1}, "a value does not fit its field"),
-        ({"client": 2**32}, "a value does not fit its field"),
-        ({"weight": 0.0}, "weight must be finite and > 0"),
-        ({"gammas": np.array([1, np.nan], np.float32)}, r"1 are not, the first at \[1\]"),
-        ({"gammas": np.zeros((2, 2), np.float32)}, r"got shape \[2, 2\]"),
+        ({"kind": 2}, "kind must be 0 or 1, got 2"),
+        ({"kind": True}, "shortest form"),
+        ({"algorithm": ""}, "algorithm must be text of 1 to 64 characters"),
+        ({"digest": b"short"}, "digest must be 8 bytes"),
+        ({"digest": "textual "}, "digest must be 8 bytes"),
+        ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),
+        ({"round": 1.0}, "round must be an integer"),
+        ({"client": 2**32}, "client must be an integer"),
+        ({"weight": float("nan")}, "weight must be a finite float > 0, got nan"),
+        ({"weight": -1.0}, "weight must be a finite float > 0, got -1.0"),
+        ({"weight": 1}, "weight must be a finite float > 0, got 1"),
+        ({"values": []}, "values must be a map"),
+        ({"values": {b"x": 1}}, "a value's name must be text"),
+        ({"values": {"x": None}}, "x must be an int, .*, got NoneType"),
+        ({"values": {"x": True}}, "x must be an int, .*, got bool"),
+        ({"values": {"x": [1]}}, "x must be an int, .*, got list"),
+        ({"values": {"x": float("inf")}}, "x must be finite, got inf"),
+        ({"values": {"x": extension(9)}}, "got type 9"),
+        ({"values": {"x": extension(1, 2**40, dtype=b"\0")}}, "x must fit the message, 4398046511104 bytes"),
+        ({"values": {"x": extension(1, 2**63, 2, dtype=b"\0")}}, "x must have a sane shape"),
+        ({"values": {"x": extension(1, 0, *[2**40] * 3, dtype=b"\0")}}, "x must have a sane shape"),
+        ({"values": {"x": extension(1, dtype=b"\x63")}}, "x must have one of the wire's dtypes"),
+        ({"values": {"x": extension(1, dtype=b"\0\1")}}, "x must have lengths of 8 bytes, got 1 bytes"),
+        ({"values": {"x": extension(2, 2**62)}}, "x must fit the message"),
+        ({"values": {"x": extension(2, 0, 0)}}, "x must have one length, got 2"),
+        ({"values": {"x": extension(3, 0, 1)}}, "x must fit the message, 1 bytes are announced and 0 left"),
     ],
 )
-def test_encode_update_refuses_what_does_not_fit(changed: dict[str, object], message: str) -> None:
+def test_wrong_fields_under_a_right_checksum_are_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(WireError, match=message):
-        wire.encode_update(Update(**{**vars(example()), **changed}))  # type: ignore[arg-type]
+        wire.decode(framed(head_with(**changed)))
 
 
-def test_encode_broadcast_refuses_a_step_that_is_no_number() -> None:
-    with pytest.raises(WireError, match="step must be finite, got nan"):
-        wire.encode_broadcast(PLAN, "rademacher", 0, float("nan"), [])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "at least 13 bytes, got 0"),
+        (sealed(b"JUNK\2\0\0\0\0"), "must begin with b'FRET', got b'JUNK'"),
+        (sealed(b"FRET\1\0\0\0\0"), "format version must be 2, got 1"),
+        (sealed(b"FRET\2\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
+        (framed(b"\xdd\xff\xff\xff\xff"), "head must be msgpack"),
+        (framed(b"\x91" * 2000), "head must be msgpack"),
+        (framed(b"\x97" + b"\xdd\0\1\0\0" * 100), "head must be msgpack"),
+        (framed(b"\x80"), "head must be a list of 7 fields"),
+        (framed(head_with()[:-1] + b"\xde\0\0"), "head must be in its shortest form"),
+        (framed(head_with()[:-1] + b"\x82\xa1x\1\xa1x\1"), "without repeated names"),
+    ],
+)
+def test_wrong_frames_are_named(data: bytes, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        wire.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"digest": b"short"}, "digest must be 8 bytes, got b'short'"),
+        ({"kind": "reply"}, "kind must be one of update, broadcast, got 'reply'"),
+        ({"algorithm": "x" * 65}, "algorithm must be text of 1 to 64 characters"),
+        ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),
+        ({"client": 2**32}, "client must be an integer"),
+        ({"weight": 0.0}, "weight must be a finite float > 0"),
+        ({"values": {"x": 2**64}}, "a value does not fit its field"),
+        ({"values": {"x": "\ud800"}}, "a value does not fit its field"),
+        ({"values": {"x": float("nan")}}, "x must be finite, got nan"),
+        ({"values": {"x": True}}, "x must be an int, .*, got bool"),
+        ({"values": {"x": "y" * 2**20}}, "head must have at most 1048576 bytes"),
+        (
+            {"values": {"x": np.array([1, np.nan], np.float32)}},
+            "x must be finite, 1 elements are not, .* at 1",
+        ),
+        ({"values": {"x": np.array([0x7F80], "<u2").view(BFLOAT16)}}, "x must be finite"),
+        ({"values": {"x": np.array([1j])}}, "x must have one of the wire's dtypes, got complex128"),
+        ({"values": {"x": np.array(["y"], object)}}, "x must have one of the wire's dtypes, got object"),
+    ],
+)
+def test_encode_refuses_what_does_not_fit(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        wire.encode(update(**changed))
+
+
+def test_value_and_array_say_what_is_missing() -> None:
+    message = update(client=4)
+    assert message.value("seed", int) == 2**63 + 2
+    assert message.array("gammas", "<f4", (5,)).tolist() == [-2, -1, 0, 1, 2]
+    with pytest.raises(WireError, match="ferret: client 4's update must have step as float, got none"):
+        message.value("step", float)
+    with pytest.raises(WireError, match=r"gammas as float32 of shape \[6\], got float32 of shape \[5\]"):
+        message.array("gammas", "<f4", (6,))
+    with pytest.raises(WireError, match="ferret: broadcast must have updates as str, got list"):
+        broadcast().value("updates", str)

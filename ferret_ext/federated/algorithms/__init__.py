@@ -1,15 +1,34 @@
-"""Federated algorithms, one a module; each knows only `base`."""
+"""Federated algorithms, one a module; each knows only `base` and the pieces that it names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm, Train
+from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.algorithms.ferret_reference import FerretReference
+from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
+from ferret_ext.federated.seeds import derive
 
 
-def create(config: SimulationConfig, train: Train) -> Algorithm[Any]:
+def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    makers = {"ferret": lambda: Ferret(config.ferret, config.server_learning_rate, train)}
+    step, train = config.server_learning_rate, trainer.train
+    makers: dict[str, Callable[[], Algorithm[Any]]] = {
+        "ferret": lambda: _ferret(config, train),
+        "fedavg": lambda: FedAvg(step, train),
+        **{name: partial(FedAvg, step, train, name) for name in adapters.PUBLISHED},
+    }
     return makers[config.algorithm]()
+
+
+def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
+    if config.ferret.mode == "paper":
+        return Ferret(config.ferret, config.server_learning_rate, train)
+    pool_seed = derive(config.seed, "pool")
+    return FerretReference(config.ferret, config.server_learning_rate, train, config.rounds, pool_seed)

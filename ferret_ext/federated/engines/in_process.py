@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import algorithms, models
+from ferret_ext.federated import adapters, algorithms, models
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
-from ferret_ext.federated.client import DivergedError, LocalTrainer
+from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import formats, partition, sources
 from ferret_ext.federated.data.errors import DataError
@@ -50,9 +51,15 @@ class InProcessClients:
     """
 
     def __init__(
-        self, algorithm: Algorithm[Any], model: Any, shards: Sequence[Sequence[Example]], seed: int
+        self,
+        algorithm: Algorithm[Any],
+        model: Any,
+        shards: Sequence[Sequence[Example]],
+        weights: Sequence[float],
+        seed: int,
     ) -> None:
         self._algorithm = algorithm
+        self._weights = weights
         self._replica: Replica = algorithm.replicate(model)
         self._shards = shards
         self._seed = seed
@@ -64,14 +71,13 @@ class InProcessClients:
         for client in clients:
             broadcasts = server.broadcasts_since(self._seen[client])
             self._seen[client] = len(server.broadcasts)
-            data = LocalData(
-                client, round_, derive(self._seed, "client", round_, client), self._shards[client]
-            )
-            try:
-                replies.append(self._algorithm.client_update(self._replica, data, broadcasts))
-            except DivergedError as error:
-                raise DivergedError(f"client {client} in round {round_}: {error}") from None
+            seed = derive(self._seed, "client", round_, client)
+            data = LocalData(client, round_, seed, self._shards[client], self._weights[client])
+            reply = self._algorithm.client_update(self._replica, data, broadcasts)
+            if reply.failure:
+                watcher.client_left_out(round_, client, reply.failure)
             watcher.client_done(round_, client)
+            replies.append(reply)
         return replies
 
 
@@ -81,18 +87,21 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
     Raises ConfigError, DataError and DivergedError.
     """
+    config = adapters.resolve(config)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
+        full_bytes = models.trainable_bytes(model)
+        model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
         train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
         parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
-        trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
-        algorithm = algorithms.create(config, trainer.train)
-        clients = InProcessClients(
-            algorithm, copy.deepcopy(model), [[train[i] for i in part] for part in parts], config.seed
-        )
-        server = Server(algorithm, model, config.num_clients, config.client_fraction, config.seed)
-        narrator.say(_describe(server))
+        shards = [[train[i] for i in part] for part in parts]
+        algorithm = algorithms.create(config, LocalTrainer(config.training, tokenizer.pad_token_id))
+        weights = client_weights(config, algorithm, shards)
+        clients = InProcessClients(algorithm, copy.deepcopy(model), shards, weights, config.seed)
+        server = Server(algorithm, model, holders(shards, narrator), config.client_fraction, config.seed)
+        for line in (_describe(server), *algorithm.notes(server.replica)):
+            narrator.say(line)
         batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
             config.rounds,
@@ -102,7 +111,7 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
                 evaluation_loss, examples=held, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
             ),
             narrator,
-            models.trainable_bytes(model),
+            full_bytes,
         )
     return Result(model, tokenizer, history)
 
@@ -133,6 +142,28 @@ def load_examples(
     return examples_of("training", train), held
 
 
+def client_weights(
+    config: SimulationConfig, algorithm: Algorithm[Any], shards: Sequence[Sequence[Example]]
+) -> list[float]:
+    """What each client counts for in means: 1, its number of examples, or its number of batches."""
+    by = algorithm.weighting if config.client_weights == "auto" else config.client_weights
+    if by == "uniform":
+        return [1.0] * len(shards)
+    size = config.training.per_device_train_batch_size if by == "batches" else 1
+    return [float(math.ceil(len(shard) / size)) for shard in shards]
+
+
+def holders(shards: Sequence[Sequence[Example]], narrator: Narrator) -> list[int]:
+    """The clients that hold examples, the only ones that are drawn; says who holds none. Raises DataError."""
+    empty = [client for client, shard in enumerate(shards) if not shard]
+    if len(empty) == len(shards):
+        raise DataError("data: expected clients with examples, got none")
+    if empty:
+        names = ", ".join(map(str, empty))
+        narrator.say(f"data: {len(empty)} clients hold no examples and are never drawn: {names}")
+    return [client for client, shard in enumerate(shards) if shard]
+
+
 @contextmanager
 def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]:
     """Deterministic kernels only, if so asked, and this many CPU threads; the former settings afterwards."""
@@ -160,9 +191,11 @@ def _hold_out(records: list[Record], seed: int) -> tuple[list[Record], list[Reco
 
 
 def _max_length(config: SimulationConfig, model: Any) -> int:
-    """The configured length, or the model's positions where these are fewer."""
+    """The configured length, or the model's positions where these are fewer, less those of an adapter."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    return min(config.dataset.max_length, positions or config.dataset.max_length)
+    if positions is None:
+        return config.dataset.max_length
+    return min(config.dataset.max_length, positions - adapters.virtual_tokens(config.adapter))
 
 
 def _describe(server: Server[Any]) -> str:

@@ -1,0 +1,76 @@
+"""FedAvg (McMahan et al., arXiv 1602.05629): clients send their update, the server their weighted mean.
+
+update     w_{r-1} - w_i of each trainable parameter, flat, in its dtype, as "0", "1", ...
+broadcast  w_r of each trainable parameter in the same way; none in round 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ferret_ext.federated.algorithms.base import (
+    Algorithm,
+    LocalData,
+    Replica,
+    Train,
+    Values,
+    pack,
+    shares,
+    trainable,
+    unpack,
+)
+from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.wire import Message
+
+
+@dataclass(frozen=True)
+class FedAvg(Algorithm[Replica]):
+    """w_r = w_{r-1} - server_learning_rate * sum_i p_i (w_{r-1} - w_i), p_i the clients' shares.
+
+    The server sums in float32 (float64 for float64 parameters), in the order of the messages, rounds once to
+    the parameters' dtype and relays the new weights, so that all parties hold the same bits.
+
+    Where all parameters but an adapter's are frozen, only the adapter travels: `name` then says which kind.
+    """
+
+    weighting = "examples"
+    self_contained = True
+    server_learning_rate: float
+    train: Train
+    name: str = "fedavg"
+
+    def replicate(self, model: Any) -> Replica:
+        return Replica(model, list(trainable(model).values()))
+
+    def contribute(self, replica: Replica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+        with watch("local"):
+            loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
+        with watch("project"), torch.no_grad():
+            pairs = zip(replica.start, replica.params, strict=True)
+            return pack(start - param for start, param in pairs), loss
+
+    def combine(self, replica: Replica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
+        means = [torch.zeros_like(param, dtype=_wide(param)) for param in replica.params]
+        with torch.no_grad():
+            for share, update in zip(shares(updates), updates, strict=True):
+                for mean, delta in zip(means, unpack(update, replica.params), strict=True):
+                    mean.add_(delta.to(mean.dtype), alpha=share)
+            pairs = zip(replica.params, means, strict=True)
+            step = self.server_learning_rate
+            return pack((param.to(mean.dtype) - step * mean).to(param.dtype) for param, mean in pairs)
+
+    def advance(self, replica: Replica, broadcast: Message) -> None:
+        weights = unpack(broadcast, replica.params)
+        with torch.no_grad():
+            for param, weight in zip(replica.params, weights, strict=True):
+                param.copy_(weight)
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)

@@ -1,0 +1,155 @@
+"""Clients whose training fails, and rounds that go on without them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from federation import federate, flat, toy, train
+from toy import examples
+
+from ferret_ext.federated.algorithms.base import Algorithm
+from ferret_ext.federated.algorithms.fedavg import FedAvg
+from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.client import DivergedError
+from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
+from ferret_ext.federated.data.errors import DataError
+from ferret_ext.federated.engines.in_process import InProcessClients, client_weights, holders
+from ferret_ext.federated.metrics import RoundMetrics
+from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.server import Server
+
+BAD = {1}
+
+
+def diverging(model: Any, data: Any, seed: int, client: int = 0) -> float:
+    if client in BAD:
+        raise DivergedError("training diverged")
+    return train(model, data, seed)
+
+
+def exploding(model: Any, data: Any, seed: int, client: int = 0) -> float:
+    """Weights that are finite, and an update that is not: 60000 - (-60000) in float16."""
+    loss = train(model, data, seed)
+    if client in BAD:
+        with torch.no_grad():
+            next(model.parameters()).fill_(-60000)
+    return loss
+
+
+def ferret(fit: Any) -> Algorithm[Any]:
+    return Ferret(FerretConfig(K=40), 1.0, fit)
+
+
+def fedavg(fit: Any) -> Algorithm[Any]:
+    return FedAvg(1.0, fit)
+
+
+@pytest.mark.parametrize("make", [ferret, fedavg])
+def test_a_diverging_client_is_left_out_of_the_mean(make: Any) -> None:
+    """The round is that of the other clients, bit for bit, and the next client starts from clean weights."""
+    fed, others = federate(make(diverging)), federate(make(train))
+    replies = fed.replies()
+    assert [reply.failure for reply in replies] == ["", "training diverged", ""]
+    assert replies[1].payload == b""
+    assert replies[1].payload_bytes_down == len(fed.server.broadcasts[0])
+    kept = [reply.payload for reply in replies if not reply.failure]
+    assert kept == [reply.payload for reply in others.replies() if reply.client not in BAD]
+
+
+def test_an_update_that_overflows_is_a_failure_too() -> None:
+    model = toy().half()
+    with torch.no_grad():
+        next(model.parameters()).fill_(60000)
+    reply = federate(fedavg(exploding), model).replies()[1]
+    assert "0 must be finite, 63 elements are not" in reply.failure
+
+
+class Listener:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.left_out: list[tuple[int, int, str]] = []
+        self.said: list[str] = []
+
+    def round_begins(self, round_: int, clients: list[int]) -> None: ...
+
+    def client_done(self, round_: int, client: int) -> None: ...
+
+    def client_left_out(self, round_: int, client: int, reason: str) -> None:
+        self.left_out.append((round_, client, reason))
+
+    def round_ends(self, metrics: RoundMetrics) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def play(fit: Any, listener: Listener, loss: float = 1.0) -> list[RoundMetrics]:
+    algorithm = fedavg(fit)
+    clients = InProcessClients(algorithm, toy(), [examples(1)] * 3, [1.0] * 3, seed=0)
+    server = Server(algorithm, toy(), range(3), 1.0, seed=0)
+    return run_rounds(2, server, partial(clients.exchange, listener), lambda _: loss, listener, 1)
+
+
+def test_clients_left_out_are_logged_and_counted() -> None:
+    listener = Listener()
+    history = play(diverging, listener)
+    assert listener.left_out == [(1, 1, "training diverged"), (2, 1, "training diverged")]
+    assert [metrics.left_out for metrics in history] == [[], [1], [1]]
+    assert [metrics.clients for metrics in history[1:]] == [[0, 1, 2]] * 2
+    losses = [metrics.train_loss for metrics in history[1:]]
+    assert all(loss is not None and math.isfinite(loss) for loss in losses)
+
+
+def fails(model: Any, data: Any, seed: int, client: int = 0) -> float:
+    raise DivergedError("training diverged")
+
+
+def test_the_run_stops_when_every_client_diverges_or_the_global_loss_does() -> None:
+    with pytest.raises(DivergedError, match="every client in round 1: training diverged"):
+        play(fails, Listener())
+    with pytest.raises(DivergedError, match="round 0: expected a finite evaluation loss, got nan"):
+        play(train, Listener(), loss=math.nan)
+
+
+def test_a_mean_that_overflows_stops_the_run() -> None:
+    algorithm = FedAvg(1e9, train)
+    clients = InProcessClients(algorithm, toy().half(), [examples(1)] * 3, [1.0] * 3, seed=0)
+    server = Server(algorithm, toy().half(), range(3), 1.0, seed=0)
+    listener = Listener()
+    with pytest.raises(DivergedError, match=r"round 1: .* must be finite.*; lower server_learning_rate"):
+        run_rounds(1, server, partial(clients.exchange, listener), lambda _: 1.0, listener, 1)
+    assert flat(server.replica.params).isfinite().all()
+
+
+def test_clients_without_examples_are_never_drawn() -> None:
+    listener, shards = Listener(), [examples(2), [], examples(1), []]
+    assert holders(shards, listener) == [0, 2]
+    assert listener.said == ["data: 2 clients hold no examples and are never drawn: 1, 3"]
+    server = Server(fedavg(train), toy(), [0, 2], 1.0, seed=0)
+    assert server.choose(1) == [0, 2]
+    with pytest.raises(DataError, match="data: expected clients with examples, got none"):
+        holders([[], []], listener)
+
+
+@pytest.mark.parametrize(
+    ("by", "size", "expected"),
+    [
+        ("uniform", 1, [1.0, 1.0]),
+        ("examples", 2, [5.0, 2.0]),
+        ("batches", 2, [3.0, 1.0]),
+        ("auto", 2, [5.0, 2.0]),
+    ],
+)
+def test_clients_count_by_what_the_setting_says(by: Any, size: int, expected: Sequence[float]) -> None:
+    shards = [examples(5), examples(2)]
+    training = TrainingConfig(per_device_train_batch_size=size)
+    config = SimulationConfig(client_weights=by, training=training)
+    assert client_weights(config, fedavg(train), shards) == expected
+    if by == "auto":
+        assert client_weights(config, ferret(train), shards) == [1.0, 1.0]
