@@ -59,6 +59,33 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
+class PartitionConfig:
+    """Who holds which training record. The kinds are named as Flower names its partitioners."""
+
+    kind: Literal[
+        "auto", "iid", "dirichlet", "natural-id", "pathological", "linear", "square", "exponential"
+    ] = _option(
+        "auto",
+        "iid: evenly; dirichlet: skewed by a column's values; natural-id: one client a value; pathological: "
+        "a few values a client; linear, square, exponential: sizes grow so; auto: as dataset.protocol has it",
+    )
+    column: str | None = _option(
+        None, "column that dirichlet, natural-id and pathological go by; none: the protocol's"
+    )
+    alpha: float = _option(0.5, "dirichlet: the smaller, the more skewed", above=0)
+    self_balancing: bool = _option(
+        True, "dirichlet: a client with the mean number of records gets none of the values after that"
+    )
+    classes_per_client: int = _option(2, "pathological: values a client", at_least=1)
+    min_size: int | None = _option(
+        None,
+        "records a client has at least; natural-id leaves out values with fewer; 0: clients may go empty and "
+        "take no part; none: 10 for dirichlet, else 1",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """A client's local training in one round."""
 
@@ -106,7 +133,13 @@ class SimulationConfig:
     out: str = _option("", "folder for the run's results")
     algorithm: Literal["ferret"] = _option("ferret", "what clients send and how the server adds it up")
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
-    num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
+    num_clients: int | None = _option(
+        None,
+        "clients that share the training data; none: as many as natural-id finds values, else as "
+        "dataset.protocol has it: 200 for dolly, 3 for others",
+        at_least=1,
+        at_most=2**32 - 1,
+    )
     client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
     server_learning_rate: float = _option(1.0, "step along the clients' mean update", above=0)
     seed: int = _option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
@@ -121,6 +154,7 @@ class SimulationConfig:
     )
     full_determinism: bool = _option(True, "kernels that repeat to the bit only; false allows faster ones")
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -160,7 +160,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data", "builtin:other"], "expected one of builtin:alpaca"),
         (["dataset.format=dolly"], "expected the column instruction, response, found answer, question"),
         (["dataset.max_length=4"], "expected records with a response and a prompt of at most 3 tokens"),
-        (["num_clients=5000"], "num_clients: expected at most the 3000 training examples, got 5000"),
+        (["num_clients=5000"], "num_clients: expected at most 3000 for 3000 training examples, got 5000"),
         (
             ["training.optim=sgd", "training.learning_rate=1e30"],
             "in round 1: training diverged, loss or weights are not finite",

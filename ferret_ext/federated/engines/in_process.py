@@ -85,13 +85,20 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
         train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
-        parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
+        parts = partition.divide(
+            "iid",
+            len(train),
+            None,
+            config.num_clients or 3,
+            config.partition,
+            derive(config.seed, "partition"),
+        ).parts
         trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
         algorithm = algorithms.create(config, trainer.train)
         clients = InProcessClients(
             algorithm, copy.deepcopy(model), [[train[i] for i in part] for part in parts], config.seed
         )
-        server = Server(algorithm, model, config.num_clients, config.client_fraction, config.seed)
+        server = Server(algorithm, model, len(parts), config.client_fraction, config.seed)
         narrator.say(_describe(server))
         batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
