@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ferret_ext.federated.config import TrainingConfig
+from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.data.tokens import Example, collate
 
 
@@ -30,8 +31,11 @@ class LocalTrainer:
         """T optimiser steps over the examples, in an order drawn from `seed`; the mean loss of all batches.
 
         A batch's loss is the mean over its response tokens, a step's gradient the mean over its batches.
-        Dropout draws from `seed` too. Raises DivergedError where the loss or a weight is no longer finite.
+        Dropout draws from `seed` too. One example is enough: it is taken again and again. Raises DataError
+        where there is none, DivergedError where the loss or a weight is no longer finite.
         """
+        if not examples:
+            raise DataError("expected at least one example to train on, got none")
         config = self.config
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(params, config)

@@ -12,6 +12,7 @@ from toy import examples, tiny_model
 
 from ferret_ext.federated.client import DivergedError, LocalTrainer, endless_batches
 from ferret_ext.federated.config import TrainingConfig
+from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.metrics import evaluation_loss
 
@@ -19,6 +20,21 @@ from ferret_ext.federated.metrics import evaluation_loss
 def trained(model: Any, **settings: Any) -> tuple[Any, float]:
     config = TrainingConfig(**{"max_steps": 3, "learning_rate": 0.1, **settings})
     return model, LocalTrainer(config, 0).train(model, examples(), seed=5)
+
+
+def test_train_takes_a_client_with_one_example() -> None:
+    """Every batch repeats it: the same step as on copies of it."""
+    config = TrainingConfig(max_steps=2, learning_rate=0.1, per_device_train_batch_size=3)
+    one, many = tiny_model(), tiny_model()
+    first = LocalTrainer(config, 0).train(one, examples()[:1], seed=5)
+    again = LocalTrainer(config, 0).train(many, examples()[:1] * 7, seed=5)
+    assert first == again
+    assert torch.equal(weights(one), weights(many))
+
+
+def test_train_refuses_a_client_without_examples() -> None:
+    with pytest.raises(DataError, match="expected at least one example to train on, got none"):
+        LocalTrainer(TrainingConfig(), 0).train(tiny_model(), [], seed=5)
 
 
 def weights(model: Any) -> torch.Tensor:
