@@ -40,8 +40,21 @@ def _option(
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """How records become prompts and responses, and those become tokens."""
+    """Which records there are, how they become prompts and responses, and those become tokens."""
 
+    protocol: Literal["none", "natural-instructions", "dolly", "codealpaca", "gsm8k"] = _option(
+        "none", "the paper's choice of records, with its prompt, partition and number of clients"
+    )
+    task_lists: str = _option(
+        "default",
+        "natural-instructions: a folder in splits/, or any other, with train_tasks.txt and test_tasks.txt",
+    )
+    labels_file: str | None = _option(
+        None, "a file with more columns for the training records, by its column index, which counts from 0"
+    )
+    columns: str | None = _option(
+        None, "names for columns that have others, e.g. 'instruction=question, output=answer'"
+    )
     config_name: str | None = _option(None, "the hub data set's configuration, e.g. main")
     train_split: str = _option("train", "split that is divided among the clients")
     eval_split: str = _option(
@@ -128,7 +141,9 @@ class SimulationConfig:
 
     model: str = _option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
     data: str = _option(
-        "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
+        "",
+        "a .jsonl, .json, .parquet, .csv or .tsv file, a folder with train and test files, a hub name, or "
+        "builtin:NAME",
     )
     out: str = _option("", "folder for the run's results")
     algorithm: Literal["ferret"] = _option("ferret", "what clients send and how the server adds it up")

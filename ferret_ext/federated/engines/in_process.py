@@ -16,10 +16,9 @@ from ferret_ext.federated import algorithms, models
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
 from ferret_ext.federated.client import DivergedError, LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
-from ferret_ext.federated.data import formats, partition, sources
-from ferret_ext.federated.data.errors import DataError
-from ferret_ext.federated.data.sources import Record
-from ferret_ext.federated.data.tokens import Example, tokenise
+from ferret_ext.federated.data import loading
+from ferret_ext.federated.data.holdings import Holdings
+from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.metrics import RoundMetrics, evaluation_loss
 from ferret_ext.federated.rounds import Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
@@ -27,9 +26,11 @@ from ferret_ext.federated.server import Server
 
 
 class Narrator(Watcher, Protocol):
-    """A watcher that also takes lines of text: what was loaded, what was dropped."""
+    """A watcher that also takes lines of text, what was loaded and dropped, and who holds what."""
 
     def say(self, text: str) -> None: ...
+
+    def dealt(self, holdings: Holdings) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,12 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
-        train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
-        parts = partition.divide(
-            "iid",
-            len(train),
-            None,
-            config.num_clients or 3,
-            config.partition,
-            derive(config.seed, "partition"),
-        ).parts
+        data = loading.load(config, tokenizer, _max_length(config, model), narrator.say)
+        narrator.dealt(data.holdings)
         trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
         algorithm = algorithms.create(config, trainer.train)
-        clients = InProcessClients(
-            algorithm, copy.deepcopy(model), [[train[i] for i in part] for part in parts], config.seed
-        )
-        server = Server(algorithm, model, len(parts), config.client_fraction, config.seed)
+        clients = InProcessClients(algorithm, copy.deepcopy(model), data.shards, config.seed)
+        server = Server(algorithm, model, len(data.shards), config.client_fraction, config.seed)
         narrator.say(_describe(server))
         batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
@@ -106,38 +98,15 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
             server,
             partial(clients.exchange, narrator),
             partial(
-                evaluation_loss, examples=held, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+                evaluation_loss,
+                examples=data.held,
+                batch_size=batch_size,
+                pad_token_id=tokenizer.pad_token_id,
             ),
             narrator,
             models.trainable_bytes(model),
         )
     return Result(model, tokenizer, history)
-
-
-def load_examples(
-    config: SimulationConfig, tokenizer: Any, max_length: int, narrator: Narrator
-) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples; says what was kept and dropped. Raises DataError."""
-    dataset = config.dataset
-    splits = sources.read(config.data, dataset.train_split, dataset.eval_split, dataset.config_name)
-    form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
-    train, test = splits.train, splits.test
-    if test is None:
-        train, test = _hold_out(train, derive(config.seed, "hold out"))
-        narrator.say(
-            f"data: no {dataset.eval_split} split, {len(test)} training records are held out for evaluation"
-        )
-
-    def examples_of(split: str, records: list[Record]) -> list[Example]:
-        formats.require_columns(form, records, f"{config.data} ({split})")
-        examples, count = tokenise(
-            records, form, tokenizer, max_length, dataset.max_prompt_length, f"{config.data} ({split})"
-        )
-        narrator.say(f"data: {split}: {count}")
-        return examples
-
-    held = examples_of("evaluation", test)[: config.evaluation.max_samples]
-    return examples_of("training", train), held
 
 
 @contextmanager
@@ -154,16 +123,6 @@ def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.set_num_threads(threads)
-
-
-def _hold_out(records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
-    """The records without a tenth of them (at least one), and that tenth; both shuffled."""
-    if len(records) < 2:
-        raise DataError(
-            f"data: expected at least 2 records to train on and to evaluate, found {len(records)}"
-        )
-    held, *rest = partition.iid(len(records), min(10, len(records)), seed)
-    return [records[i] for part in rest for i in part], [records[i] for i in held]
 
 
 def _max_length(config: SimulationConfig, model: Any) -> int:
