@@ -29,7 +29,8 @@ def simulate(*arguments: str) -> int:
 
 def test_run_folder_holds_config_metrics_plot_and_model(small_run: Path) -> None:
     names = {path.name for path in small_run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "model"}
+    partition = {f"partition.{suffix}" for suffix in ("json", "png", "svg")}
+    assert names == {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "model"} | partition
     assert (small_run / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((small_run / "config.yaml").read_text())["ferret"]["K"] == 64
 
@@ -131,7 +132,7 @@ def test_simulate_prints_plain_lines_and_a_table(tmp_path: Path, capsys: pytest.
     assert "full model" in shown
     assert "860,160" in shown  # two clients' models
     assert "\x1b" not in shown
-    assert max(map(len, shown.partition("full model")[0].splitlines()[5:])) <= 100
+    assert max(map(len, shown.partition("full model")[0].splitlines()[6:])) <= 100
 
 
 def test_simulate_leaves_torchs_settings_alone(tmp_path: Path) -> None:
