@@ -14,12 +14,12 @@ Columns = Mapping[str, Any]  # a record
 
 _TASK = "Below is an instruction that describes a task"
 _ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-_ALPACA = f"{_TASK}. {_ASK}### Response:\n"
+_ALPACA = f"{_TASK}. {_ASK}### Response:"
 
 
 def _alpaca_with(column: str) -> str:
     context = f"### Input:\n{{{column}}}\n\n"
-    return f"{_TASK}, paired with an input that provides further context. {_ASK}{context}### Response:\n"
+    return f"{_TASK}, paired with an input that provides further context. {_ASK}{context}### Response:"
 
 
 @dataclass(frozen=True)
