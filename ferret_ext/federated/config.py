@@ -346,6 +346,11 @@ def _check_together(config: SimulationConfig) -> None:
             raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     if (config.dataset.prompt is None) != (config.dataset.response is None):
         raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
+    keyed = config.partition.kind in ("dirichlet", "natural-id", "pathological")
+    if keyed and config.partition.column is None and config.dataset.protocol in ("none", "gsm8k"):
+        raise ConfigError(
+            f"partition.column: expected a column for partition.kind {config.partition.kind}, got none"
+        )
     limit = config.dataset.max_prompt_length
     if limit is not None and limit >= config.dataset.max_length:
         raise ConfigError(

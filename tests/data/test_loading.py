@@ -172,8 +172,6 @@ def test_loading_repeats_for_equal_seeds(tmp_path: Path) -> None:
 
 def test_a_partition_needs_its_column(tmp_path: Path) -> None:
     path = write_code(tmp_path / "code.json")
-    with pytest.raises(DataError, match="expected a column for partition dirichlet, got none"):
-        loaded(path, **TEMPLATES, **{"partition.kind": "dirichlet"})
     with pytest.raises(
         DataError, match=r"in the column task .*, found instruction, language, output at code"
     ):

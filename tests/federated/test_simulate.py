@@ -124,11 +124,26 @@ def test_simulate_holds_records_out_where_there_is_no_test_split(
     assert "1 with an empty response dropped" in shown
 
 
+def test_simulate_gives_each_value_of_a_column_a_client(tmp_path: Path) -> None:
+    """Also: a client with one record takes part like any other."""
+    languages = ["C"] * 6 + ["Go"] * 3 + ["R"]
+    for split in ("train", "test"):
+        rows = [{"question": f"{i}?", "answer": f"{i}", "language": name} for i, name in enumerate(languages)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [*SMALL, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "client_fraction=1"]
+    by_language = ["num_clients=none", "partition.kind=natural-id", "partition.column=language", "rounds=1"]
+    assert simulate(*arguments, *by_language) == 0
+    report = json.loads((tmp_path / "run" / "partition.json").read_text())
+    assert [(row["name"], row["examples"]) for row in report["clients"]] == [("C", 6), ("Go", 3), ("R", 1)]
+    assert read_metrics(tmp_path / "run")[1]["clients"] == [0, 1, 2]
+
+
 def test_simulate_prints_plain_lines_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(*SMALL, "--out", str(tmp_path / "run"), "--rounds", "1") == 0
     shown = capsys.readouterr().out
     assert "round 0/1: evaluation loss" in shown
     assert "round 1/1: evaluation loss" in shown
+    assert "partition: iid; clients: 4; training examples of each: 750" in shown
     assert "full model" in shown
     assert "860,160" in shown  # two clients' models
     assert "\x1b" not in shown
