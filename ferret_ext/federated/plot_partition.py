@@ -108,4 +108,6 @@ def _title(holdings: Holdings) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LONG else f"{name[: LONG - 1]}…"
+    """The name, not too long, and without what matplotlib reads as a formula or as a hidden label."""
+    shown = (name if len(name) <= LONG else f"{name[: LONG - 1]}…").replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown

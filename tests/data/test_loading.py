@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import rc_context
 
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.config import SimulationConfig
@@ -176,6 +178,20 @@ def test_a_partition_needs_its_column(tmp_path: Path) -> None:
         DataError, match=r"in the column task .*, found instruction, language, output at code"
     ):
         loaded(path, **TEMPLATES, **{"partition.kind": "natural-id", "partition.column": "task"})
+
+
+@pytest.mark.parametrize("kind", ["natural-id", "pathological"])
+def test_picture_shows_any_name(tmp_path: Path, kind: str) -> None:
+    names = ["$x_{$", "_hidden", "long " * 20, "C#", "<b>&"]
+    rows = [{"instruction": "x", "output": f"{i}", "key": names[i % 5]} for i in range(50)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    more = {"partition.kind": kind, "partition.column": "key"}
+    data, _ = loaded(tmp_path / "rows.json", **TEMPLATES, **more)
+    with rc_context({"svg.fonttype": "none"}):  # text as text
+        save_partition_plot(data.holdings, tmp_path)
+    drawn = html.unescape((tmp_path / "partition.svg").read_text())
+    for name in ("$x_{$", "_hidden", f"{'long ' * 8}lon…", "C#", "<b>&"):
+        assert name in drawn
 
 
 @pytest.mark.parametrize(
