@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +44,16 @@ def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets and tiny_llm/stories260K-hf/; skips where there is none."""
+    named = os.environ.get("FERRET_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    files = ["gsm8k/train.jsonl", "dolly/databricks-dolly-15k.jsonl", "codealpaca/code_alpaca_2k.json"]
+    files += ["natural_instructions/splits/sample/train_tasks.txt", "tiny_llm/stories260K-hf/config.json"]
+    needed = [folder / name for name in files]
+    if absent := [str(path) for path in needed if not path.is_file()]:
+        pytest.skip(f"no real data: {absent[0]} is absent; set FERRET_DATA to a folder that has it")
+    return folder

@@ -41,8 +41,21 @@ def _option(
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """How records become prompts and responses, and those become tokens."""
+    """Which records there are, how they become prompts and responses, and those become tokens."""
 
+    protocol: Literal["none", "natural-instructions", "dolly", "codealpaca", "gsm8k"] = _option(
+        "none", "the paper's choice of records, with its prompt, partition and number of clients"
+    )
+    task_lists: str = _option(
+        "default",
+        "natural-instructions: a folder in splits/, or any other, with train_tasks.txt and test_tasks.txt",
+    )
+    labels_file: str | None = _option(
+        None, "a file with more columns for the training records, by its column index, which counts from 0"
+    )
+    columns: str | None = _option(
+        None, "names for columns that have others, e.g. 'instruction=question, output=answer'"
+    )
     config_name: str | None = _option(None, "the hub data set's configuration, e.g. main")
     train_split: str = _option("train", "split that is divided among the clients")
     eval_split: str = _option(
@@ -56,6 +69,33 @@ class DatasetConfig:
     max_length: int = _option(1024, "tokens of prompt and response together; the rest is cut off", at_least=2)
     max_prompt_length: int | None = _option(
         None, "records with a longer prompt are dropped; max_length - 1 unless given", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Who holds which training record. The kinds are named as Flower names its partitioners."""
+
+    kind: Literal[
+        "auto", "iid", "dirichlet", "natural-id", "pathological", "linear", "square", "exponential"
+    ] = _option(
+        "auto",
+        "iid: evenly; dirichlet: skewed by a column's values; natural-id: one client a value; pathological: "
+        "a few values a client; linear, square, exponential: sizes grow so; auto: as dataset.protocol has it",
+    )
+    column: str | None = _option(
+        None, "column that dirichlet, natural-id and pathological go by; none: the protocol's"
+    )
+    alpha: float = _option(0.5, "dirichlet: the smaller, the more skewed", above=0)
+    self_balancing: bool = _option(
+        True, "dirichlet: a client with the mean number of records gets none of the values after that"
+    )
+    classes_per_client: int = _option(2, "pathological: values a client", at_least=1)
+    min_size: int | None = _option(
+        None,
+        "records a client has at least; natural-id leaves out values with fewer; 0: clients may go empty and "
+        "take no part; none: 10 for dirichlet, else 1",
+        at_least=0,
     )
 
 
@@ -168,14 +208,22 @@ class SimulationConfig:
 
     model: str = _option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
     data: str = _option(
-        "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
+        "",
+        "a .jsonl, .json, .parquet, .csv or .tsv file, a folder with train and test files, a hub name, or "
+        "builtin:NAME",
     )
     out: str = _option("", "folder for the run's results")
     algorithm: Literal["ferret", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"] = _option(
         "ferret", "what clients send and how the server adds it up"
     )
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
-    num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
+    num_clients: int | None = _option(
+        None,
+        "clients that share the training data; none: as many as natural-id finds values, else as "
+        "dataset.protocol has it: 200 for dolly, 3 for others",
+        at_least=1,
+        at_most=2**32 - 1,
+    )
     client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
     client_weights: Literal["auto", "uniform", "examples", "batches"] = _option(
         "auto", "what a client counts by in the mean; auto: as the algorithm was published"
@@ -193,6 +241,7 @@ class SimulationConfig:
     )
     full_determinism: bool = _option(True, "kernels that repeat to the bit only; false allows faster ones")
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -373,6 +422,11 @@ def _check_together(config: SimulationConfig) -> None:
     if config.training.momentum and config.training.optim not in ("auto", "sgd"):
         raise ConfigError(
             f"training.momentum: expected 0 unless training.optim is sgd, got {config.training.momentum}"
+        )
+    keyed = config.partition.kind in ("dirichlet", "natural-id", "pathological")
+    if keyed and config.partition.column is None and config.dataset.protocol in ("none", "gsm8k"):
+        raise ConfigError(
+            f"partition.column: expected a column for partition.kind {config.partition.kind}, got none"
         )
     limit = config.dataset.max_prompt_length
     if limit is not None and limit >= config.dataset.max_length:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.report import RunFolder
 
@@ -45,6 +46,9 @@ class Narration:
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def dealt(self, holdings: Holdings) -> None:
+        self._folder.holdings = holdings
 
     def round_begins(self, round_: int, clients: list[int]) -> None:
         if self._round is None:

@@ -13,12 +13,24 @@ from typing import Any
 
 from ferret_ext.federated import adapters
 from ferret_ext.federated.config import ConfigError, SimulationConfig
+from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.plot import save_plot
+from ferret_ext.federated.plot_partition import save_partition_plot
+
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "plot.png",
+    "plot.svg",
+    "partition.json",
+    "partition.png",
+    "partition.svg",
+)
 
 
 class RunFolder:
-    """The folder of one run: config.yaml, metrics.jsonl, plot.png, plot.svg, model/."""
+    """The folder of one run: the files in FILES, and model/."""
 
     def __init__(self, config: SimulationConfig, overwrite: bool = False) -> None:
         """Checks the folder `config.out`, and changes nothing before the run's first metrics are there.
@@ -29,16 +41,22 @@ class RunFolder:
         self.path = Path(config.out).expanduser()
         self.metrics = self.path / "metrics.jsonl"
         self.begun = False
+        self.holdings: Holdings | None = None  # who holds what, written when the folder begins
         self._config = config
         with self._writing():
             self._check(overwrite)
 
     def begin(self) -> None:
-        """Removes the results of a former run, makes the folder, writes config.yaml. Raises ConfigError."""
+        """Removes the results of a former run, makes the folder, writes config.yaml and who holds what.
+
+        Raises ConfigError.
+        """
         with self._writing():
             self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
             self._config.save(self.path / "config.yaml")
+            if self.holdings is not None:
+                self._write_partition(self.holdings)
         self.begun = True
 
     def append(self, metrics: RoundMetrics) -> None:
@@ -52,6 +70,11 @@ class RunFolder:
         """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
         save_plot(history, self.path)
         adapters.save(model, tokenizer, self.path / "model")
+
+    def _write_partition(self, holdings: Holdings) -> None:
+        text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
+        (self.path / "partition.json").write_text(text + "\n", "utf-8")
+        save_partition_plot(holdings, self.path)
 
     def _check(self, overwrite: bool) -> None:
         out = self._config.out
@@ -76,5 +99,5 @@ class RunFolder:
 
     def _clear(self) -> None:
         shutil.rmtree(self.path / "model", ignore_errors=True)
-        for name in ("config.yaml", "metrics.jsonl", "plot.png", "plot.svg"):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)

@@ -20,8 +20,8 @@ def test_gsm8k_prompt_is_the_question_and_keeps_braces() -> None:
 def test_alpaca_prompt_has_an_input_part_only_where_there_is_an_input() -> None:
     with_input = FORMATS["alpaca"].prompt_of(ALPACA)
     without = FORMATS["alpaca"].prompt_of({**ALPACA, "input": " "})
-    assert with_input.endswith("### Instruction:\nSort.\n\n### Input:\nb a\n\n### Response:\n")
-    assert without.endswith("### Instruction:\nSort.\n\n### Response:\n")
+    assert with_input.endswith("### Instruction:\nSort.\n\n### Input:\nb a\n\n### Response:")
+    assert without.endswith("### Instruction:\nSort.\n\n### Response:")
     assert "### Input" not in without
     assert FORMATS["alpaca"].prompt_of({**ALPACA, "input": None}) == without
     assert FORMATS["dolly"].prompt_of(DOLLY) == without

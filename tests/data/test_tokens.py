@@ -30,13 +30,13 @@ def test_tokenise_masks_the_prompt_and_ends_the_response(tokenizer: Any) -> None
     assert example.prompt_length == 4  # BOS, a, b, colon
     assert tokenizer.decode(example.input_ids[4:-1]) == "xyz"
     assert example.labels == [IGNORED] * 4 + list(example.input_ids[4:])
-    assert (count.kept, count.cut) == (1, 0)
+    assert (count.kept, count.cut.counts.total()) == (1, 0)
 
 
 def test_tokenise_cuts_at_max_length(tokenizer: Any) -> None:
     [example], count = tokenise([{"q": "ab", "a": "xyz"}], FORM, tokenizer, 6)
     assert tokenizer.decode(example.input_ids[4:]) == "xy"
-    assert count.cut == 1
+    assert count.cut.places == {"cut to length": ["record 1"]}
 
 
 def test_tokenise_counts_what_it_drops(tokenizer: Any) -> None:
@@ -45,12 +45,15 @@ def test_tokenise_counts_what_it_drops(tokenizer: Any) -> None:
         {"q": "a", "a": " \n"},
         {"q": "a", "a": None},
         {"q": "long one", "a": "b"},
+        {"q": None, "a": "b"},
     ]
     examples, count = tokenise(records, FORM, tokenizer, 100, max_prompt_length=5)
     assert len(examples) == count.kept == 1
-    assert (count.empty_response, count.long_prompt) == (2, 1)
-    assert "2 with an empty response dropped" in str(count)
-    assert "1 with too long a prompt dropped" in str(count)
+    assert count.indices == [0]
+    assert "2 with an empty response dropped (first: record 2)" in str(count)
+    assert "1 with too long a prompt dropped (first: record 4)" in str(count)
+    assert "1 without q dropped (first: record 5)" in str(count)
+    assert count.as_dict()["read"] == 5
 
 
 def test_tokenise_keeps_room_for_a_response(tokenizer: Any) -> None:

@@ -1,9 +1,8 @@
-"""A small run that several tests look at, and the real data where there is some."""
+"""A small run that several tests look at."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -33,15 +32,4 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("small") / "run"
     assert main(["simulate", *SMALL, "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with gsm8k/ and tiny_llm/stories260K-hf/; skips where there is none."""
-    named = os.environ.get("FERRET_DATA")
-    folder = Path(named) if named else Path(__file__).parents[3] / "shared" / "data"
-    needed = [folder / "gsm8k" / "train.jsonl", folder / "tiny_llm" / "stories260K-hf" / "config.json"]
-    if absent := [str(path) for path in needed if not path.is_file()]:
-        pytest.skip(f"no real data: {absent[0]} is absent; set FERRET_DATA to a folder that has it")
     return folder

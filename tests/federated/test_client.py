@@ -32,6 +32,16 @@ def trained(model: Any, **settings: Any) -> tuple[Any, float]:
     return model, LocalTrainer(config, 0).train(model, examples(), seed=5)
 
 
+def test_train_takes_a_client_with_one_example() -> None:
+    """Every batch repeats it: the same step as on copies of it."""
+    config = TrainingConfig(max_steps=2, learning_rate=0.1, per_device_train_batch_size=3)
+    one, many = tiny_model(), tiny_model()
+    first = LocalTrainer(config, 0).train(one, examples()[:1], seed=5)
+    again = LocalTrainer(config, 0).train(many, examples()[:1] * 7, seed=5)
+    assert first == again
+    assert torch.equal(weights(one), weights(many))
+
+
 def weights(model: Any) -> torch.Tensor:
     return torch.cat([param.detach().flatten() for param in model.parameters()])
 

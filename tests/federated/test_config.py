@@ -76,6 +76,11 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("K", 4, "K: no such setting .* did you mean ferret.K?"),
         ("zzz", 4, "zzz: no such setting .* the keys are model, data"),
         ("model", "", "model: expected a value, got none; give --model"),
+        ("partition.kind", "dirichlet", "partition.column: expected a column for partition.kind dirichlet"),
+        ("partition.kind", "lda", "partition.kind: expected auto or iid or dirichlet or natural-id or"),
+        ("partition.min_size", -1, "partition.min_size: expected an integer or none and >= 0, got -1"),
+        ("num_clients", 0, "num_clients: expected an integer or none and >= 1, got 0"),
+        ("dataset.protocol", "ni", "dataset.protocol: expected none or natural-instructions or dolly or"),
         ("dataset.prompt", "{q}", "dataset.prompt: expected together with dataset.response"),
         (
             "dataset.max_prompt_length",

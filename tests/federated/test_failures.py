@@ -17,8 +17,7 @@ from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
-from ferret_ext.federated.data.errors import DataError
-from ferret_ext.federated.engines.in_process import InProcessClients, client_weights, holders
+from ferret_ext.federated.engines.in_process import InProcessClients, client_weights
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.rounds import run_rounds
 from ferret_ext.federated.server import Server
@@ -127,14 +126,9 @@ def test_a_mean_that_overflows_stops_the_run() -> None:
     assert flat(server.replica.params).isfinite().all()
 
 
-def test_clients_without_examples_are_never_drawn() -> None:
-    listener, shards = Listener(), [examples(2), [], examples(1), []]
-    assert holders(shards, listener) == [0, 2]
-    assert listener.said == ["data: 2 clients hold no examples and are never drawn: 1, 3"]
+def test_only_the_clients_that_take_part_are_drawn() -> None:
     server = Server(fedavg(train), toy(), [0, 2], 1.0, seed=0)
     assert server.choose(1) == [0, 2]
-    with pytest.raises(DataError, match="data: expected clients with examples, got none"):
-        holders([[], []], listener)
 
 
 @pytest.mark.parametrize(

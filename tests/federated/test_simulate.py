@@ -30,7 +30,8 @@ def simulate(*arguments: str) -> int:
 
 def test_run_folder_holds_config_metrics_plot_and_model(small_run: Path) -> None:
     names = {path.name for path in small_run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "model"}
+    partition = {f"partition.{suffix}" for suffix in ("json", "png", "svg")}
+    assert names == {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "model"} | partition
     assert (small_run / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((small_run / "config.yaml").read_text())["ferret"]["K"] == 64
 
@@ -124,15 +125,30 @@ def test_simulate_holds_records_out_where_there_is_no_test_split(
     assert "1 with an empty response dropped" in shown
 
 
+def test_simulate_gives_each_value_of_a_column_a_client(tmp_path: Path) -> None:
+    """Also: a client with one record takes part like any other."""
+    languages = ["C"] * 6 + ["Go"] * 3 + ["R"]
+    for split in ("train", "test"):
+        rows = [{"question": f"{i}?", "answer": f"{i}", "language": name} for i, name in enumerate(languages)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [*SMALL, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "client_fraction=1"]
+    by_language = ["num_clients=none", "partition.kind=natural-id", "partition.column=language", "rounds=1"]
+    assert simulate(*arguments, *by_language) == 0
+    report = json.loads((tmp_path / "run" / "partition.json").read_text())
+    assert [(row["name"], row["examples"]) for row in report["clients"]] == [("C", 6), ("Go", 3), ("R", 1)]
+    assert read_metrics(tmp_path / "run")[1]["clients"] == [0, 1, 2]
+
+
 def test_simulate_prints_plain_lines_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(*SMALL, "--out", str(tmp_path / "run"), "--rounds", "1") == 0
     shown = capsys.readouterr().out
     assert "round 0/1: evaluation loss" in shown
     assert "round 1/1: evaluation loss" in shown
+    assert "partition: iid; clients: 4; training examples of each: 750" in shown
     assert "full model" in shown
     assert "860,160" in shown  # two clients' models
     assert "\x1b" not in shown
-    assert max(map(len, shown.partition("full model")[0].splitlines()[5:])) <= 100
+    assert max(map(len, shown.partition("full model")[0].splitlines()[6:])) <= 100
 
 
 def test_simulate_leaves_torchs_settings_alone(tmp_path: Path) -> None:
@@ -161,7 +177,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data", "builtin:other"], "expected one of builtin:alpaca"),
         (["dataset.format=dolly"], "expected the column instruction, response, found answer, question"),
         (["dataset.max_length=4"], "expected records with a response and a prompt of at most 3 tokens"),
-        (["num_clients=5000"], "num_clients: expected at most the 3000 training examples, got 5000"),
+        (["num_clients=5000"], "num_clients: expected at most 3000 for 3000 training examples, got 5000"),
         (
             ["training.optim=sgd", "training.learning_rate=1e30"],
             "in round 1: training diverged, loss or weights are not finite",

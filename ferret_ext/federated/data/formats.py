@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from ferret_ext.federated.data.errors import DataError
-from ferret_ext.federated.data.sources import Record
+
+Columns = Mapping[str, Any]  # a record
 
 _TASK = "Below is an instruction that describes a task"
 _ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-_ALPACA = f"{_TASK}. {_ASK}### Response:\n"
+_ALPACA = f"{_TASK}. {_ASK}### Response:"
 
 
 def _alpaca_with(column: str) -> str:
     context = f"### Input:\n{{{column}}}\n\n"
-    return f"{_TASK}, paired with an input that provides further context. {_ASK}{context}### Response:\n"
+    return f"{_TASK}, paired with an input that provides further context. {_ASK}{context}### Response:"
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,19 @@ class Format:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that every record must have."""
-        texts = (self.prompt, self.response)
-        return tuple(
-            dict.fromkeys(name for text in texts for _, name, _, _ in Formatter().parse(text) if name)
-        )
+        return tuple(dict.fromkeys((*self.prompt_columns, *_fields(self.response))))
 
-    def prompt_of(self, record: Record) -> str:
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Those of them that the prompt is made of."""
+        return _fields(self.prompt)
+
+    def prompt_of(self, record: Columns) -> str:
         if self.optional and _text(record.get(self.optional)).strip():
             return _fill(self.prompt_with, record)
         return _fill(self.prompt, record)
 
-    def response_of(self, record: Record) -> str:
+    def response_of(self, record: Columns) -> str:
         return _fill(self.response, record)
 
 
@@ -52,7 +57,9 @@ FORMATS = {
 }
 
 
-def choose(name: str, prompt: str | None, response: str | None, records: list[Record], source: str) -> Format:
+def choose(
+    name: str, prompt: str | None, response: str | None, records: Sequence[Columns], source: str
+) -> Format:
     """The format called `name`, the one that fits the columns ("auto"), or the user's own templates.
 
     Raises DataError if the records lack a column of it.
@@ -75,7 +82,7 @@ def choose(name: str, prompt: str | None, response: str | None, records: list[Re
     return chosen
 
 
-def require_columns(form: Format, records: list[Record], source: str) -> None:
+def require_columns(form: Format, records: Sequence[Columns], source: str) -> None:
     """Raises DataError if the records lack a column of the format."""
     columns = _columns(records)
     if missing := [column for column in form.columns if column not in columns]:
@@ -84,7 +91,11 @@ def require_columns(form: Format, records: list[Record], source: str) -> None:
         )
 
 
-def _columns(records: Iterable[Record]) -> set[str]:
+def _fields(template: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name))
+
+
+def _columns(records: Iterable[Columns]) -> set[str]:
     return {column for record in records for column in record}
 
 
@@ -100,8 +111,9 @@ def _checked(template: str) -> str:
     return template
 
 
-def _fill(template: str, record: Record) -> str:
-    return Formatter().vformat(template, (), {key: _text(value) for key, value in record.items()})
+def _fill(template: str, record: Columns) -> str:
+    texts = defaultdict(str, {key: _text(value) for key, value in record.items()})
+    return Formatter().vformat(template, (), texts)
 
 
 def _text(value: object) -> str:

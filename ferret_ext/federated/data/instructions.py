@@ -200,9 +200,15 @@ SETS: dict[str, Callable[..., Iterator[dict[str, str]]]] = {"alpaca": alpaca, "d
 
 
 def write(folder: Path, count: int = 1000, seed: int = 0) -> None:
-    """Writes alpaca.jsonl, dolly.jsonl, gsm8k.jsonl and natural_instructions/NAME.json into `folder`."""
-    tasks = folder / "natural_instructions"
+    """Writes alpaca.jsonl, dolly.jsonl, gsm8k.jsonl and natural_instructions/, laid out like the original.
+
+    That is tasks/NAME.json, and splits/default/train_tasks.txt and test_tasks.txt; the last three are tests.
+    """
+    tasks, lists = (folder / "natural_instructions" / name for name in ("tasks", "splits/default"))
     tasks.mkdir(parents=True, exist_ok=True)
+    lists.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", TASKS[:-3]), ("test", TASKS[-3:])):
+        (lists / f"{split}_tasks.txt").write_text("".join(f"{task.name}\n" for task in part), "utf-8")
     for name, make in SETS.items():
         lines = (json.dumps(record) + "\n" for record in make(count, seed))
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")

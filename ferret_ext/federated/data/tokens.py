@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.data.formats import Format
-from ferret_ext.federated.data.sources import Record
+from ferret_ext.federated.data.records import Count, place_of
 
 IGNORED = -100  # the label that a loss leaves out
 
@@ -28,56 +28,53 @@ class Example:
         return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
 
 
-@dataclass
-class Count:
-    """What became of the records."""
-
-    kept: int = 0
-    cut: int = 0  # kept, but cut at max_length
-    empty_response: int = 0
-    long_prompt: int = 0
-
-    def __str__(self) -> str:
-        dropped = {"with an empty response": self.empty_response, "with too long a prompt": self.long_prompt}
-        parts = [f"{self.kept} records, {self.cut} cut to length"]
-        parts += [f"{number} {what} dropped" for what, number in dropped.items() if number]
-        return ", ".join(parts)
-
-
 def tokenise(
-    records: Sequence[Record],
+    records: Sequence[Mapping[str, Any]],
     format: Format,
     tokenizer: Any,
     max_length: int,
     max_prompt_length: int | None = None,
     source: str = "records",
 ) -> tuple[list[Example], Count]:
-    """Examples of at most `max_length` tokens, and what was dropped.
+    """Examples of at most `max_length` tokens, and what became of the records.
 
     The prompt is tokenised alone, as it will be when text is generated, and the response, ended by the
-    tokenizer's EOS, is appended. Records with an empty response, or whose prompt has more than
-    `max_prompt_length` tokens (default: max_length - 1), are dropped. Raises DataError if none is left.
+    tokenizer's EOS, is appended. Records without a value in a column of the prompt, with an empty response,
+    or with a prompt of more than `max_prompt_length` tokens (default: max_length - 1), are dropped. Example i
+    comes from record `count.indices[i]`. Raises DataError if none is left.
     """
     longest = min(max_length - 1, max_prompt_length or max_length)
     count, examples = Count(), []
-    filled = [record for record in records if format.response_of(record).strip()]
-    count.empty_response = len(records) - len(filled)
-    prompts = _ids(tokenizer, [format.prompt_of(record) for record in filled], add_special_tokens=True)
-    responses = _ids(tokenizer, [format.response_of(record) for record in filled], add_special_tokens=False)
-    for prompt, response in zip(prompts, responses, strict=True):
+    whole = [index for index, record in enumerate(records) if not _lacks(record, index, format, count)]
+    prompts = _ids(tokenizer, [format.prompt_of(records[index]) for index in whole], True)
+    responses = _ids(tokenizer, [format.response_of(records[index]) for index in whole], False)
+    for index, prompt, response in zip(whole, prompts, responses, strict=True):
+        place = place_of(records[index], index)
         if len(prompt) > longest:
-            count.long_prompt += 1
+            count.dropped.add("with too long a prompt", place)
             continue
         ids = [*prompt, *response, tokenizer.eos_token_id]
-        count.cut += len(ids) > max_length
+        if len(ids) > max_length:
+            count.cut.add("cut to length", place)
         examples.append(Example(tuple(ids[:max_length]), len(prompt)))
-    count.kept = len(examples)
+        count.indices.append(index)
     if not examples:
         raise DataError(
             f"data {source}: expected records with a response and a prompt of at most {longest} tokens, "
             f"found none among {len(records)} ({count})"
         )
     return examples, count
+
+
+def _lacks(record: Mapping[str, Any], index: int, format: Format, count: Count) -> bool:
+    """True, and counted, if the record lacks what its prompt or its response is made of."""
+    if missing := [column for column in format.prompt_columns if record.get(column) is None]:
+        count.dropped.add(f"without {missing[0]}", place_of(record, index))
+    elif not format.response_of(record).strip():
+        count.dropped.add("with an empty response", place_of(record, index))
+    else:
+        return False
+    return True
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:

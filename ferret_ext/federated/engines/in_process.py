@@ -17,10 +17,9 @@ from ferret_ext.federated import adapters, algorithms, models
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
-from ferret_ext.federated.data import formats, partition, sources
-from ferret_ext.federated.data.errors import DataError
-from ferret_ext.federated.data.sources import Record
-from ferret_ext.federated.data.tokens import Example, tokenise
+from ferret_ext.federated.data import loading
+from ferret_ext.federated.data.holdings import Holdings
+from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.metrics import RoundMetrics, evaluation_loss
 from ferret_ext.federated.rounds import Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
@@ -28,9 +27,11 @@ from ferret_ext.federated.server import Server
 
 
 class Narrator(Watcher, Protocol):
-    """A watcher that also takes lines of text: what was loaded, what was dropped."""
+    """A watcher that also takes lines of text, what was loaded and dropped, and who holds what."""
 
     def say(self, text: str) -> None: ...
+
+    def dealt(self, holdings: Holdings) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
         full_bytes = models.trainable_bytes(model)
         model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
-        train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
-        parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
-        shards = [[train[i] for i in part] for part in parts]
+        data = loading.load(config, tokenizer, _max_length(config, model), narrator.say)
+        narrator.dealt(data.holdings)
         algorithm = algorithms.create(config, LocalTrainer(config.training, tokenizer.pad_token_id))
-        weights = client_weights(config, algorithm, shards)
-        clients = InProcessClients(algorithm, copy.deepcopy(model), shards, weights, config.seed)
-        server = Server(algorithm, model, holders(shards, narrator), config.client_fraction, config.seed)
+        weights = client_weights(config, algorithm, data.shards)
+        clients = InProcessClients(algorithm, copy.deepcopy(model), data.shards, weights, config.seed)
+        everybody = range(len(data.shards))
+        server = Server(algorithm, model, everybody, config.client_fraction, config.seed)
         for line in (_describe(server), *algorithm.notes(server.replica)):
             narrator.say(line)
         batch_size = config.evaluation.per_device_eval_batch_size
@@ -108,38 +109,15 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
             server,
             partial(clients.exchange, narrator),
             partial(
-                evaluation_loss, examples=held, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+                evaluation_loss,
+                examples=data.held,
+                batch_size=batch_size,
+                pad_token_id=tokenizer.pad_token_id,
             ),
             narrator,
             full_bytes,
         )
     return Result(model, tokenizer, history)
-
-
-def load_examples(
-    config: SimulationConfig, tokenizer: Any, max_length: int, narrator: Narrator
-) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples; says what was kept and dropped. Raises DataError."""
-    dataset = config.dataset
-    splits = sources.read(config.data, dataset.train_split, dataset.eval_split, dataset.config_name)
-    form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
-    train, test = splits.train, splits.test
-    if test is None:
-        train, test = _hold_out(train, derive(config.seed, "hold out"))
-        narrator.say(
-            f"data: no {dataset.eval_split} split, {len(test)} training records are held out for evaluation"
-        )
-
-    def examples_of(split: str, records: list[Record]) -> list[Example]:
-        formats.require_columns(form, records, f"{config.data} ({split})")
-        examples, count = tokenise(
-            records, form, tokenizer, max_length, dataset.max_prompt_length, f"{config.data} ({split})"
-        )
-        narrator.say(f"data: {split}: {count}")
-        return examples
-
-    held = examples_of("evaluation", test)[: config.evaluation.max_samples]
-    return examples_of("training", train), held
 
 
 def client_weights(
@@ -151,17 +129,6 @@ def client_weights(
         return [1.0] * len(shards)
     size = config.training.per_device_train_batch_size if by == "batches" else 1
     return [float(math.ceil(len(shard) / size)) for shard in shards]
-
-
-def holders(shards: Sequence[Sequence[Example]], narrator: Narrator) -> list[int]:
-    """The clients that hold examples, the only ones that are drawn; says who holds none. Raises DataError."""
-    empty = [client for client, shard in enumerate(shards) if not shard]
-    if len(empty) == len(shards):
-        raise DataError("data: expected clients with examples, got none")
-    if empty:
-        names = ", ".join(map(str, empty))
-        narrator.say(f"data: {len(empty)} clients hold no examples and are never drawn: {names}")
-    return [client for client, shard in enumerate(shards) if shard]
 
 
 @contextmanager
@@ -178,16 +145,6 @@ def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.set_num_threads(threads)
-
-
-def _hold_out(records: list[Record], seed: int) -> tuple[list[Record], list[Record]]:
-    """The records without a tenth of them (at least one), and that tenth; both shuffled."""
-    if len(records) < 2:
-        raise DataError(
-            f"data: expected at least 2 records to train on and to evaluate, found {len(records)}"
-        )
-    held, *rest = partition.iid(len(records), min(10, len(records)), seed)
-    return [records[i] for part in rest for i in part], [records[i] for i in held]
 
 
 def _max_length(config: SimulationConfig, model: Any) -> int:
