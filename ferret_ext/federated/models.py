@@ -44,6 +44,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def positions(model: Any) -> int | None:
+    """The longest sequence that the model takes, prompt and response together; None where it has no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def trainable_bytes(model: nn.Module) -> int:
     """Bytes of all trainable parameters: what sending the whole model takes."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
