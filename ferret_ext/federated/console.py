@@ -10,15 +10,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ferret_ext.federated.evaluation import Evaluation, Sample, describe
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.report import RunFolder
 
+SECONDS_AND_BYTES = ("local s", "project s", "rebuild s", "bytes up", "bytes down")
 
-class Narration:
+
+class Lines:
+    """Shows lines of text as they are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Narration(Lines):
     """Shows a run as it goes by, and keeps its metrics in the run's folder. A context manager."""
 
     def __init__(self, console: Console, folder: RunFolder, rounds: int) -> None:
-        self._console = console
+        super().__init__(console)
         self._folder = folder
         self._rounds = rounds
         self._progress = Progress(
@@ -43,9 +56,6 @@ class Narration:
     ) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def round_begins(self, round_: int, clients: list[int]) -> None:
         if self._round is None:
             self._round = self._progress.add_task("rounds ", total=self._rounds, note="")
@@ -57,9 +67,11 @@ class Narration:
         if self._clients is not None:
             self._progress.advance(self._clients)
 
-    def round_ends(self, metrics: RoundMetrics) -> None:
-        self._folder.append(metrics)
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
+        self._folder.append(metrics, samples)
         self.say(_line(metrics, self._rounds))
+        if samples:
+            self.say(f"round {metrics.round}/{self._rounds}: {describe(metrics.scores, samples)}")
         if self._round is not None:
             self._progress.update(self._round, advance=1, note=f"evaluation loss {metrics.eval_loss:.4f}")
 
@@ -67,15 +79,24 @@ class Narration:
 def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
     """The run by round: loss, seconds and bytes, and below them the bytes of whole models."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("round", "eval loss", "local s", "project s", "rebuild s", "bytes up", "bytes down"):
+    scores = list(history[-1].scores)
+    for head in ("round", "eval loss", *scores, *SECONDS_AND_BYTES):
         table.add_column(head, justify="right", overflow="fold")
     for metrics in history:
-        table.add_row(*_row(metrics))
+        table.add_row(*_row(metrics, scores))
     whole = f"{len(history[-1].clients) * history[-1].model_bytes:,}"
     table.add_section()
-    table.add_row("full model", "", "", "", "", whole, whole)
+    table.add_row("full model", *[""] * (4 + len(scores)), whole, whole)
     console.print(table)
     console.print(_totals(history), highlight=False, soft_wrap=True)
+
+
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """One model's loss and scores."""
+    lines = Lines(console)
+    lines.say(f"evaluation loss {evaluation.loss:.4f} over {evaluation.records} records")
+    if evaluation.samples:
+        lines.say(describe(evaluation.scores, evaluation.samples))
 
 
 def _totals(history: Sequence[RoundMetrics]) -> str:
@@ -101,12 +122,16 @@ def _line(metrics: RoundMetrics, rounds: int) -> str:
     )
 
 
-def _row(metrics: RoundMetrics) -> tuple[str, ...]:
-    if metrics.round == 0:
-        return ("0", f"{metrics.eval_loss:.4f}", "", "", "", "", "")
-    return (
+def _row(metrics: RoundMetrics, scores: Sequence[str]) -> tuple[str, ...]:
+    worth = (
         str(metrics.round),
         f"{metrics.eval_loss:.4f}",
+        *(f"{metrics.scores[name]:.4f}" if name in metrics.scores else "" for name in scores),
+    )
+    if metrics.round == 0:
+        return (*worth, "", "", "", "", "")
+    return (
+        *worth,
         f"{metrics.seconds_local:.2f}",
         f"{metrics.seconds_project:.3f}",
         f"{metrics.seconds_rebuild:.3f}",

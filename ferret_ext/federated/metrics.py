@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class RoundMetrics:
     without projection.
     seconds_local, seconds_project, seconds_rebuild: sums over the round's clients. Clients that share one
     process share one rebuilt model, so a broadcast is applied, and its time counted, once. seconds_server:
-    checking, relaying and applying the updates. seconds_eval: the evaluation.
+    checking, relaying and applying the updates. seconds_eval: the evaluation loss. seconds_generate:
+    generating and scoring text. scores: see `scores.SCORES`; empty where no text was generated.
     """
 
     round: int
@@ -41,6 +42,8 @@ class RoundMetrics:
     seconds_rebuild: float
     seconds_server: float
     seconds_eval: float
+    seconds_generate: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, Protocol
 
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.client import DivergedError
+from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
 
@@ -20,11 +20,11 @@ class Watcher(Protocol):
 
     def client_done(self, round_: int, client: int) -> None: ...
 
-    def round_ends(self, metrics: RoundMetrics) -> None: ...
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
 Exchange = Callable[[int, list[int], Server[Any]], list[Reply]]  # round, its clients, server -> their replies
-Evaluate = Callable[[Any], float]  # model -> loss
+Evaluate = Callable[[int, Any, Stopwatch], Evaluation]  # round, model -> loss, scores and samples
 
 
 def run_rounds(
@@ -37,7 +37,7 @@ def run_rounds(
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
-    Raises DivergedError where the evaluation loss is no longer finite.
+    Raises DivergedError where the evaluation's numbers are no longer finite.
 
     for r = 1 .. R:
         the server draws the round's clients
@@ -46,13 +46,13 @@ def run_rounds(
     """
 
     def measure(round_: int, clients: list[int], replies: list[Reply], watch: Stopwatch) -> RoundMetrics:
-        with watch("eval"):
-            loss = evaluate(server.replica.model)
-        if not math.isfinite(loss):
+        try:
+            evaluation = evaluate(round_, server.replica.model, watch)
+        except DivergedError as error:
             cause = "lower training.learning_rate" if round_ else "the model is broken before any training"
-            raise DivergedError(f"round {round_}: expected a finite evaluation loss, got {loss}; {cause}")
-        metrics = _metrics(round_, clients, replies, loss, watch, model_bytes)
-        watcher.round_ends(metrics)
+            raise DivergedError(f"round {round_}: {error}; {cause}") from None
+        metrics = _metrics(round_, clients, replies, evaluation, watch, model_bytes)
+        watcher.round_ends(metrics, evaluation.samples)
         return metrics
 
     history = [measure(0, [], [], Stopwatch())]
@@ -71,14 +71,14 @@ def _metrics(
     round_: int,
     clients: list[int],
     replies: list[Reply],
-    eval_loss: float,
+    evaluation: Evaluation,
     watch: Stopwatch,
     model_bytes: int,
 ) -> RoundMetrics:
     return RoundMetrics(
         round=round_,
         clients=clients,
-        eval_loss=eval_loss,
+        eval_loss=evaluation.loss,
         train_loss=fmean(reply.train_loss for reply in replies) if replies else None,
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
@@ -88,4 +88,6 @@ def _metrics(
         seconds_rebuild=sum(reply.watch["rebuild"] for reply in replies),
         seconds_server=watch["server"],
         seconds_eval=watch["eval"],
+        seconds_generate=watch["generate"],
+        scores=evaluation.scores,
     )

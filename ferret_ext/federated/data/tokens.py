@@ -18,10 +18,14 @@ IGNORED = -100  # the label that a loss leaves out
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and response; the first `prompt_length` carry no loss."""
+    """Token ids of prompt and response; the first `prompt_length` carry no loss.
+
+    reference: the response's whole text, which generated text is compared with.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
+    reference: str = ""
 
     @property
     def labels(self) -> list[int]:
@@ -62,15 +66,16 @@ def tokenise(
     count, examples = Count(), []
     filled = [record for record in records if format.response_of(record).strip()]
     count.empty_response = len(records) - len(filled)
+    texts = [format.response_of(record) for record in filled]
     prompts = _ids(tokenizer, [format.prompt_of(record) for record in filled], add_special_tokens=True)
-    responses = _ids(tokenizer, [format.response_of(record) for record in filled], add_special_tokens=False)
-    for prompt, response in zip(prompts, responses, strict=True):
+    responses = _ids(tokenizer, texts, add_special_tokens=False)
+    for prompt, response, text in zip(prompts, responses, texts, strict=True):
         if len(prompt) > longest:
             count.long_prompt += 1
             continue
         ids = [*prompt, *response, tokenizer.eos_token_id]
         count.cut += len(ids) > max_length
-        examples.append(Example(tuple(ids[:max_length]), len(prompt)))
+        examples.append(Example(tuple(ids[:max_length]), len(prompt), text))
     count.kept = len(examples)
     if not examples:
         raise DataError(

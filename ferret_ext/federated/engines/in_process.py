@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import algorithms, models
+from ferret_ext.federated import algorithms, models, scores
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
 from ferret_ext.federated.client import DivergedError, LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
@@ -20,16 +20,21 @@ from ferret_ext.federated.data import formats, partition, sources
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.data.sources import Record
 from ferret_ext.federated.data.tokens import Example, tokenise
-from ferret_ext.federated.metrics import RoundMetrics, evaluation_loss
+from ferret_ext.federated.evaluation import Evaluator
+from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.rounds import Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
 
-class Narrator(Watcher, Protocol):
-    """A watcher that also takes lines of text: what was loaded, what was dropped."""
+class Speaker(Protocol):
+    """Takes lines of text: what was loaded, what was dropped."""
 
     def say(self, text: str) -> None: ...
+
+
+class Narrator(Watcher, Speaker, Protocol):
+    """A watcher that also takes lines of text."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,12 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
     Raises ConfigError, DataError and DivergedError.
     """
+    measures = scores.load(config.evaluation.scores)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
-        train, held = load_examples(config, tokenizer, _max_length(config, model), narrator)
+        train, held = load_examples(config, tokenizer, model, narrator)
+        evaluator = Evaluator(config.evaluation, held, tokenizer, measures)
         parts = partition.iid(len(train), config.num_clients, derive(config.seed, "partition"))
         trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
         algorithm = algorithms.create(config, trainer.train)
@@ -93,14 +100,11 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         )
         server = Server(algorithm, model, config.num_clients, config.client_fraction, config.seed)
         narrator.say(_describe(server))
-        batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
             config.rounds,
             server,
             partial(clients.exchange, narrator),
-            partial(
-                evaluation_loss, examples=held, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
-            ),
+            partial(evaluator.after_round, config.rounds),
             narrator,
             models.trainable_bytes(model),
         )
@@ -108,10 +112,14 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
 
 
 def load_examples(
-    config: SimulationConfig, tokenizer: Any, max_length: int, narrator: Narrator
+    config: SimulationConfig, tokenizer: Any, model: Any, narrator: Speaker, with_training: bool = True
 ) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples; says what was kept and dropped. Raises DataError."""
+    """Training and evaluation examples, the former if asked for; says what was kept and dropped.
+
+    Raises DataError.
+    """
     dataset = config.dataset
+    max_length = min(dataset.max_length, models.positions(model) or dataset.max_length)
     splits = sources.read(config.data, dataset.train_split, dataset.eval_split, dataset.config_name)
     form = formats.choose(dataset.format, dataset.prompt, dataset.response, splits.train, config.data)
     train, test = splits.train, splits.test
@@ -130,7 +138,7 @@ def load_examples(
         return examples
 
     held = examples_of("evaluation", test)[: config.evaluation.max_samples]
-    return examples_of("training", train), held
+    return examples_of("training", train) if with_training else [], held
 
 
 @contextmanager
@@ -157,12 +165,6 @@ def _hold_out(records: list[Record], seed: int) -> tuple[list[Record], list[Reco
         )
     held, *rest = partition.iid(len(records), min(10, len(records)), seed)
     return [records[i] for part in rest for i in part], [records[i] for i in held]
-
-
-def _max_length(config: SimulationConfig, model: Any) -> int:
-    """The configured length, or the model's positions where these are fewer."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    return min(config.dataset.max_length, positions or config.dataset.max_length)
 
 
 def _describe(server: Server[Any]) -> str:
