@@ -14,8 +14,6 @@ from ferret_ext.federated.evaluation import Evaluation, Sample, describe
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.report import RunFolder
 
-SECONDS_AND_BYTES = ("local s", "project s", "rebuild s", "bytes up", "bytes down")
-
 
 class Lines:
     """Shows lines of text as they are."""
@@ -77,17 +75,18 @@ class Narration(Lines):
 
 
 def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
-    """The run by round: loss, seconds and bytes, and below them the bytes of whole models."""
+    """The run by round: loss, seconds, bytes, and below them the bytes of whole models and the scores."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    scores = list(history[-1].scores)
-    for head in ("round", "eval loss", *scores, *SECONDS_AND_BYTES):
+    for head in ("round", "eval loss", "local s", "project s", "rebuild s", "bytes up", "bytes down"):
         table.add_column(head, justify="right", overflow="fold")
     for metrics in history:
-        table.add_row(*_row(metrics, scores))
+        table.add_row(*_row(metrics))
     whole = f"{len(history[-1].clients) * history[-1].model_bytes:,}"
     table.add_section()
-    table.add_row("full model", *[""] * (4 + len(scores)), whole, whole)
+    table.add_row("full model", "", "", "", "", whole, whole)
     console.print(table)
+    if history[-1].scores:
+        console.print(_score_table(history))
     console.print(_totals(history), highlight=False, soft_wrap=True)
 
 
@@ -122,16 +121,23 @@ def _line(metrics: RoundMetrics, rounds: int) -> str:
     )
 
 
-def _row(metrics: RoundMetrics, scores: Sequence[str]) -> tuple[str, ...]:
-    worth = (
+def _score_table(history: Sequence[RoundMetrics]) -> Table:
+    """A line for each round whose text was scored."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("round", *history[-1].scores):
+        table.add_column(head, justify="right", overflow="fold")
+    for metrics in history:
+        if metrics.scores:
+            table.add_row(str(metrics.round), *(f"{mean:.4f}" for mean in metrics.scores.values()))
+    return table
+
+
+def _row(metrics: RoundMetrics) -> tuple[str, ...]:
+    if metrics.round == 0:
+        return ("0", f"{metrics.eval_loss:.4f}", "", "", "", "", "")
+    return (
         str(metrics.round),
         f"{metrics.eval_loss:.4f}",
-        *(f"{metrics.scores[name]:.4f}" if name in metrics.scores else "" for name in scores),
-    )
-    if metrics.round == 0:
-        return (*worth, "", "", "", "", "")
-    return (
-        *worth,
         f"{metrics.seconds_local:.2f}",
         f"{metrics.seconds_project:.3f}",
         f"{metrics.seconds_rebuild:.3f}",
