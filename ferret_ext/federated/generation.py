@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ferret_ext.federated.client import DivergedError
-from ferret_ext.federated.models import positions
+from ferret_ext.federated.models import positions, virtual_tokens
 
 Prompt = Sequence[int]  # token ids
 
@@ -41,8 +41,9 @@ def generate(
         longest = max(map(len, prompts))
         raise ValueError(f"generate: expected prompts of less than {room} tokens, got one of {longest}")
     stops = eos_token_ids(model, tokenizer)
+    sizes = [(limit, len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
     outputs: dict[int, Output] = {}
-    for batch in _batches(limits, [len(prompt) for prompt in prompts], batch_size):
+    for batch in _batches(sizes, batch_size, may_pad=not virtual_tokens(model)):
         limit = limits[batch[0]]
         inputs = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
         rows = _greedy(model, inputs, limit, sorted(stops), tokenizer.pad_token_id)
@@ -72,10 +73,14 @@ def pad_left(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device)
     }
 
 
-def _batches(limits: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices whose limits are equal, so that no row runs past its own; like lengths beside each other."""
-    order = sorted(range(len(limits)), key=lambda index: (limits[index], lengths[index]))
-    for _, group in groupby(order, key=lambda index: limits[index]):
+def _batches(sizes: Sequence[tuple[int, int]], batch_size: int, may_pad: bool) -> Iterator[list[int]]:
+    """Indices of equal limits, so that no row runs past its own; similar lengths beside each other.
+
+    sizes: limit and length of each. may_pad: false for PEFT's virtual tokens, which stand before the padding
+    and count it as distance; then lengths are equal too.
+    """
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    for _, group in groupby(order, key=lambda index: sizes[index] if not may_pad else sizes[index][0]):
         alike = list(group)
         yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
 

@@ -82,7 +82,8 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_token_id, model.device)
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        places = slice(-1 - labels.shape[1], -1)  # from behind, since virtual tokens may stand in front
+        logits = model(**batch, use_cache=False).logits[:, places].float()
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )

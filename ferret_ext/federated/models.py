@@ -47,7 +47,12 @@ def pick_device(name: str) -> torch.device:
 def positions(model: Any) -> int | None:
     """The longest sequence that the model takes, prompt and response together; None where it has no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
+    return limit and limit - virtual_tokens(model)
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many trained tokens PEFT's prompt tuning and p-tuning put before every prompt; else 0."""
+    return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
 
 
 def trainable_bytes(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.generation import eos_token_ids, generate, pad_left
-from ferret_ext.federated.models import byte_tokenizer, tiny_llama
+from ferret_ext.federated.models import byte_tokenizer, positions, tiny_llama
 
 PROMPTS = [
     "Question: 2 + 3?\nAnswer: ",
@@ -66,7 +66,8 @@ def ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 def one_by_one(model: Any, tokenizer: Any, prompt: list[int], limit: int, stops: set[int]) -> str:
     tokens: list[int] = []
     while len(tokens) < limit:
-        logits = model.eval()(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1]
+        sequence = torch.tensor([prompt + tokens])
+        logits = model.eval()(sequence, attention_mask=torch.ones_like(sequence)).logits[0, -1]
         if (token := int(logits.argmax())) in stops:
             break
         tokens.append(token)
@@ -148,6 +149,27 @@ def test_generate_lets_a_model_rule_tokens_out(
     monkeypatch.setattr(model.lm_head, "forward", letters_only)
     after = generate(model, tokenizer, ids(tokenizer, PROMPTS), 12, 4)
     assert all(output.text.isalpha() and len(output.text) == 12 for output in after)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+def test_generate_takes_adapters_and_virtual_tokens(model: Any, tokenizer: Any, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    settings = {
+        "LoraConfig": {"init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]},
+        "PromptTuningConfig": {"num_virtual_tokens": 20},
+        "PromptEncoderConfig": {"num_virtual_tokens": 20, "encoder_hidden_size": 32},
+    }[kind]
+    torch.manual_seed(1)
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+    own = model.generation_config
+    prompts = ids(tokenizer, PROMPTS)
+    alone = [generate(tuned, tokenizer, [prompt], 12, 1)[0] for prompt in prompts]
+    assert generate(tuned, tokenizer, prompts, 12, 4) == alone
+    assert [output.text for output in alone] == [
+        one_by_one(tuned, tokenizer, prompt, 12, {2}) for prompt in prompts
+    ]
+    assert model.generation_config is own
+    assert positions(tuned) == 512 - settings.get("num_virtual_tokens", 0)
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5))
