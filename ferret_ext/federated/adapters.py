@@ -37,11 +37,6 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     return dataclasses.replace(config, adapter=adapter, training=training)
 
 
-def virtual_tokens(config: AdapterConfig) -> int:
-    """How many of the model's positions the adapter takes."""
-    return config.num_virtual_tokens if config.type in ("prompt-tuning", "p-tuning") else 0
-
-
 def attach(model: Any, config: AdapterConfig, seed: int) -> Any:
     """The model with its adapter, whose first weights follow from the seed; the model itself for "none".
 

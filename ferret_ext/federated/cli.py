@@ -1,27 +1,46 @@
-"""The `ferret` command: `ferret simulate` runs federated Ferret in this process."""
+"""The `ferret` command: a table of subcommands, each with its flags and what it runs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ferret_ext import __version__
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated.config import ConfigError, Setting, SimulationConfig
+from ferret_ext.federated.config import ConfigError, Leaf, Setting
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.presets import PRESETS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REFUSED = 2
 INTERRUPTED = 130
 PLAIN_WIDTH = 100  # of the table where the output is no terminal
 
-EXAMPLES = """examples:
+SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
   ferret simulate --preset gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
 """
+EVAL_EXAMPLES = """examples:
+  ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
+  ferret eval runs/gsm8k/model gsm8k/ --config runs/gsm8k/config.yaml --out runs/gsm8k-scores
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. `run` returns the exit status, and raises ConfigError, DataError or DivergedError."""
+
+    summary: str
+    parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,82 +49,106 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="ferret", description="Federated full-parameter tuning with kilobytes."
     )
     parser.add_argument("--version", action="version", version=f"ferret {__version__}")
-    parser.add_argument("command", choices=["simulate"], help="simulate: run all clients in this process")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see ferret simulate --help")
-    rest = parser.parse_args(arguments).arguments
-    options = simulate_parser().parse_intermixed_args(rest)
+    summaries = "; ".join(f"{name}: {command.summary}" for name, command in COMMANDS.items())
+    parser.add_argument("command", choices=list(COMMANDS), help=summaries)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see ferret COMMAND --help")
+    chosen = parser.parse_args(arguments)
+    command = COMMANDS[chosen.command]
+    options = command.parser().parse_intermixed_args(chosen.arguments)
+    from ferret_ext.federated.client import DivergedError  # brings torch, which --help can do without
+
     try:
-        return run_simulation(read_config(options), options.overwrite)
-    except (ConfigError, DataError) as error:
-        return _refuse(str(error))
+        return command.run(options)
+    except (ConfigError, DataError, DivergedError) as error:
+        print(f"ferret {chosen.command}: error: {error}", file=sys.stderr)
+        return REFUSED
     except KeyboardInterrupt:
-        print("ferret simulate: interrupted", file=sys.stderr)
+        print(f"ferret {chosen.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 def simulate_parser() -> argparse.ArgumentParser:
-    """A flag for every setting; `key=value` says the same and wins over a flag."""
-    parser = argparse.ArgumentParser(
-        prog="ferret simulate",
-        description="Rounds of federated Ferret in this process. Settings come from the preset, then the "
-        "YAML file, then the flags, then key=value; the later wins.",
-        epilog=EXAMPLES,
+    parser = _parser("simulate", "Rounds of federated Ferret in this process.", SIMULATE_EXAMPLES)
+    _add_settings(parser, list(configuration.leaves()))
+    return parser
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "eval",
+        "Evaluates a model: its loss on held-out records, and scores of the text that it generates. A file "
+        "is evaluated whole, of anything else the split dataset.eval_split. With a run's config.yaml the "
+        "records are those that the run evaluated.",
+        EVAL_EXAMPLES,
+    )
+    sections = ("out", *configuration.EVALUATION_SETTINGS)
+    model, data, *rest = (leaf for leaf in configuration.leaves() if leaf.key.partition(".")[0] in sections)
+    parser.add_argument(model.key, metavar="MODEL", help=model.help)
+    parser.add_argument(data.key, metavar="DATA", help=data.help)
+    _add_settings(parser, rest)
+    return parser
+
+
+def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"ferret {command}",
+        description=textwrap.fill(
+            f"{description} Settings come from the preset, then the YAML file, then the flags, then "
+            "key=value; the later wins."
+        ),
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
+    """A flag for every setting; `key=value` says the same and wins over a flag."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file of settings, e.g. a run's config.yaml"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the results of a former run in --out"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. rounds=5 ferret.K=4096"
     )
-    for leaf in configuration.leaves():
+    for leaf in leaves:
         name = leaf.key.rpartition(".")[2]
-        default = f"; default {leaf.default}" if leaf.default != "" else ""
+        default = "none" if leaf.default in (None, ()) else leaf.default
+        default = f"; default {default}" if default != "" else ""
         help_text = f"{leaf.help} ({configuration.expected(leaf)}{default})".replace("%", "%%")
         flags = dict.fromkeys([f"--{leaf.key}", f"--{leaf.key.replace('_', '-')}"])
         parser.add_argument(*flags, dest=leaf.key, metavar=name.upper(), default=None, help=help_text)
-    return parser
 
 
-def read_config(options: argparse.Namespace) -> SimulationConfig:
-    """The config that preset, file, flags and overrides add up to. Raises ConfigError."""
+def read_settings(options: argparse.Namespace, not_from_file: Collection[str] = ()) -> list[Setting]:
+    """What preset, file, flags and overrides say, in this order. Raises ConfigError."""
     settings: list[Setting] = []
     if options.preset:
         settings += configuration.flatten(PRESETS[options.preset])
     if options.config:
-        settings += configuration.read_yaml(options.config)
+        settings += [
+            (key, value) for key, value in configuration.read_yaml(options.config) if key not in not_from_file
+        ]
     flags = vars(options)
-    settings += [
-        (leaf.key, flags[leaf.key]) for leaf in configuration.leaves() if flags[leaf.key] is not None
-    ]
+    keys = (leaf.key for leaf in configuration.leaves())
+    settings += [(key, flags[key]) for key in keys if flags.get(key) is not None]
     settings += map(configuration.read_override, options.overrides)
-    return configuration.build(settings)
+    return settings
 
 
-def run_simulation(config: SimulationConfig, overwrite: bool) -> int:
-    """One run from its folder to its table. Raises ConfigError and DataError."""
-    from rich.console import Console
-
-    from ferret_ext.federated.client import DivergedError
+def run_simulation(options: argparse.Namespace) -> int:
+    """One run from its folder to its table."""
     from ferret_ext.federated.console import Narration, show_table
     from ferret_ext.federated.engines.in_process import simulate
     from ferret_ext.federated.report import RunFolder
 
-    folder = RunFolder(config, overwrite)
-    console = Console()
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    _quieten()
+    config = configuration.build(read_settings(options))
+    folder = RunFolder(config, options.overwrite)
+    console = _console()
     try:
         with Narration(console, folder, config.rounds) as narration:
             result = simulate(config, narration)
-    except DivergedError as error:
-        return _refuse(str(error))
     except KeyboardInterrupt:
         if folder.begun:
             print(f"ferret simulate: {folder.metrics} holds the rounds so far", file=sys.stderr)
@@ -116,14 +159,38 @@ def run_simulation(config: SimulationConfig, overwrite: bool) -> int:
     return 0
 
 
-def _refuse(reason: str) -> int:
-    print(f"ferret simulate: error: {reason}", file=sys.stderr)
-    return REFUSED
+def run_evaluation(options: argparse.Namespace) -> int:
+    """One model's loss and scores, shown and, where a folder is named, written."""
+    from ferret_ext.federated.console import Lines, show_evaluation
+    from ferret_ext.federated.report import EvaluationFolder
+    from ferret_ext.federated.standalone import evaluate, whole_file
+
+    settings = [*whole_file(options.data), *read_settings(options, not_from_file=["out"])]
+    config = configuration.build(settings, required=["model", "data"])
+    folder = EvaluationFolder(config, options.overwrite) if config.out else None
+    console = _console()
+    evaluation = evaluate(config, Lines(console))
+    show_evaluation(console, evaluation)
+    if folder:
+        folder.write(evaluation)
+        console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
-def _quieten() -> None:
-    """No bars and warnings of transformers between our own lines."""
+def _console() -> Console:
+    """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
     import transformers
+    from rich.console import Console
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+COMMANDS = {
+    "simulate": Command("run all clients in this process", simulate_parser, run_simulation),
+    "eval": Command("evaluate a model", eval_parser, run_evaluation),
+}

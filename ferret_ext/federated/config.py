@@ -21,6 +21,13 @@ from ferret_ext.federated.data.sources import EVAL_SPLIT
 
 LARGEST_DECAY = 0.999999  # optimisers want less than 1
 Setting = tuple[str, Any]  # dotted key and value
+ScoreName = Literal["rouge-l", "rougeL", "rougeL-stem", "gsm8k-exact-match"]
+
+# What an evaluation depends on: names of settings and sections.
+EVALUATION_SETTINGS = (
+    *("model", "data", "seed", "dtype", "device", "num_threads", "full_determinism"),
+    *("dataset", "evaluation"),
+)
 
 
 class ConfigError(ValueError):
@@ -196,10 +203,20 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How the global model is evaluated after each round."""
+    """How the global model is evaluated: its loss after each round, and scores of the texts it generates."""
 
     max_samples: int | None = _option(200, "records evaluated, the first of the split; none: all", at_least=1)
     per_device_eval_batch_size: int = _option(8, "records a batch", at_least=1)
+    scores: tuple[ScoreName, ...] = _option(
+        (), "scores of generated text; rouge-l is of the package rouge, rougeL of rouge_score"
+    )
+    generate_every: int = _option(
+        0, "text is generated before round 1 and after each of so many rounds; 0: after the last", at_least=0
+    )
+    max_generated_samples: int | None = _option(
+        None, "of the records evaluated, how many get text generated, the first ones; none: all", at_least=1
+    )
+    max_new_tokens: int = _option(128, "tokens of a generated text at most", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -281,7 +298,9 @@ def leaves(cls: type = SimulationConfig, prefix: str = "") -> Iterator[Leaf]:
             )
 
 
-def build(settings: Iterable[Setting]) -> SimulationConfig:
+def build(
+    settings: Iterable[Setting], required: Iterable[str] = ("model", "data", "out")
+) -> SimulationConfig:
     """The config with these settings; a later one wins over an earlier one. Raises ConfigError."""
     known = {leaf.key: leaf for leaf in leaves()}
     values = {}
@@ -290,6 +309,9 @@ def build(settings: Iterable[Setting]) -> SimulationConfig:
             raise ConfigError(_unknown(key, value, known))
         values[key] = _convert(known[key], value)
     config: SimulationConfig = _construct(SimulationConfig, values, "")
+    for key in required:
+        if not getattr(config, key):
+            raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     _check_together(config)
     return config
 
@@ -343,6 +365,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"none or, with commas between them, {_describe(get_args(hint)[0])}"
     return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, "none")
 
 
@@ -367,6 +391,8 @@ def _read_as(hint: Any, value: Any) -> Any:
         return None
     if get_origin(hint) is Literal and value in get_args(hint):
         return value
+    if get_origin(hint) is tuple:
+        return tuple(dict.fromkeys(_read_as(get_args(hint)[0], item) for item in _items(value)))
     if hint is bool and value in (True, False, "true", "false"):
         return value in (True, "true")
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -375,6 +401,16 @@ def _read_as(hint: Any, value: Any) -> Any:
         return int(value)
     if hint is float and (isinstance(value, str) or is_number):
         return float(value)
+    raise ValueError
+
+
+def _items(value: Any) -> list[Any]:
+    """A list, or one as text: `a,b`, `none` or nothing."""
+    if isinstance(value, str):
+        items = [item.strip() for item in value.split(",")]
+        return [] if items in ([""], ["none"], ["null"]) else items
+    if value is None or isinstance(value, (list, tuple)):
+        return list(value or [])
     raise ValueError
 
 
@@ -414,9 +450,6 @@ def _construct(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 def _check_together(config: SimulationConfig) -> None:
     """What no single setting shows."""
-    for key in ("model", "data", "out"):
-        if not getattr(config, key):
-            raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     if (config.dataset.prompt is None) != (config.dataset.response is None):
         raise ConfigError("dataset.prompt: expected together with dataset.response, got only one of the two")
     if config.training.momentum and config.training.optim not in ("auto", "sgd"):

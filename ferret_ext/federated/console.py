@@ -11,15 +11,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ferret_ext.federated.data.holdings import Holdings
+from ferret_ext.federated.evaluation import Evaluation, Sample, describe
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.report import RunFolder
 
 
-class Narration:
+class Lines:
+    """Shows lines of text as they are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Narration(Lines):
     """Shows a run as it goes by, and keeps its metrics in the run's folder. A context manager."""
 
     def __init__(self, console: Console, folder: RunFolder, rounds: int) -> None:
-        self._console = console
+        super().__init__(console)
         self._folder = folder
         self._rounds = rounds
         self._progress = Progress(
@@ -44,9 +55,6 @@ class Narration:
     ) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def dealt(self, holdings: Holdings) -> None:
         self._folder.holdings = holdings
 
@@ -64,15 +72,17 @@ class Narration:
     def client_left_out(self, round_: int, client: int, reason: str) -> None:
         self.say(f"round {round_}: client {client} is left out: {reason}")
 
-    def round_ends(self, metrics: RoundMetrics) -> None:
-        self._folder.append(metrics)
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
+        self._folder.append(metrics, samples)
         self.say(_line(metrics, self._rounds))
+        if samples:
+            self.say(f"round {metrics.round}/{self._rounds}: {describe(metrics.scores, samples)}")
         if self._round is not None:
             self._progress.update(self._round, advance=1, note=f"evaluation loss {metrics.eval_loss:.4f}")
 
 
 def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
-    """The run by round: loss, seconds and bytes, and below them the bytes of whole models."""
+    """The run by round: loss, seconds, bytes, and below them the bytes of whole models and the scores."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("round", "eval loss", "local s", "project s", "rebuild s", "bytes up", "bytes down"):
         table.add_column(head, justify="right", overflow="fold")
@@ -82,7 +92,17 @@ def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
     table.add_section()
     table.add_row("full model", "", "", "", "", whole, whole)
     console.print(table)
+    if history[-1].scores:
+        console.print(_score_table(history))
     console.print(_totals(history), highlight=False, soft_wrap=True)
+
+
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """One model's loss and scores."""
+    lines = Lines(console)
+    lines.say(f"evaluation loss {evaluation.loss:.4f} over {evaluation.records} records")
+    if evaluation.samples:
+        lines.say(describe(evaluation.scores, evaluation.samples))
 
 
 def _totals(history: Sequence[RoundMetrics]) -> str:
@@ -106,6 +126,17 @@ def _line(metrics: RoundMetrics, rounds: int) -> str:
         f"project {metrics.seconds_project:.3f} s, rebuild {metrics.seconds_rebuild:.3f} s, "
         f"{metrics.payload_bytes_up:,} bytes up, {metrics.payload_bytes_down:,} down"
     )
+
+
+def _score_table(history: Sequence[RoundMetrics]) -> Table:
+    """A line for each round whose text was scored."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("round", *history[-1].scores):
+        table.add_column(head, justify="right", overflow="fold")
+    for metrics in history:
+        if metrics.scores:
+            table.add_row(str(metrics.round), *(f"{mean:.4f}" for mean in metrics.scores.values()))
+    return table
 
 
 def _row(metrics: RoundMetrics) -> tuple[str, ...]:

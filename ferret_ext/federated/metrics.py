@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class RoundMetrics:
     client sends in one direction in full-parameter tuning without projection.
     seconds_local, seconds_project, seconds_rebuild: sums over the round's clients. Clients that share one
     process share one rebuilt model, so a broadcast is applied, and its time counted, once. seconds_server:
-    checking, relaying and applying the updates. seconds_eval: the evaluation.
+    checking, relaying and applying the updates. seconds_eval: the evaluation loss. seconds_generate:
+    generating and scoring text. scores: see `scores.SCORES`; empty where no text was generated.
     """
 
     round: int
@@ -43,6 +44,8 @@ class RoundMetrics:
     seconds_rebuild: float
     seconds_server: float
     seconds_eval: float
+    seconds_generate: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -81,8 +84,8 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_token_id, model.device)
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        logits = logits[:, -labels.shape[1] :]  # without those of virtual tokens, which stand in front
+        places = slice(-1 - labels.shape[1], -1)  # from behind, since virtual tokens may stand in front
+        logits = model(**batch, use_cache=False).logits[:, places].float()
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )

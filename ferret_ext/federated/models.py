@@ -44,6 +44,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def positions(model: Any) -> int | None:
+    """The longest sequence that the model takes, prompt and response together; None where it has no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit and limit - virtual_tokens(model)
+
+
+def max_length(model: Any, wanted: int) -> int:
+    """Tokens of prompt and response together: as many as wanted, or as the model takes."""
+    limit = positions(model)
+    return wanted if limit is None else min(wanted, limit)
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many trained tokens PEFT's prompt tuning and p-tuning put before every prompt; else 0."""
+    return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+
+
 def trainable_bytes(model: nn.Module) -> int:
     """Bytes of all trainable parameters: what sending the whole model takes."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -2,79 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ferret_ext.federated import adapters
-from ferret_ext.federated.config import ConfigError, SimulationConfig
+from ferret_ext.federated.config import EVALUATION_SETTINGS, ConfigError, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
+from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.plot import save_plot
 from ferret_ext.federated.plot_partition import save_partition_plot
 
-FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "plot.png",
-    "plot.svg",
-    "partition.json",
-    "partition.png",
-    "partition.svg",
-)
 
+class ResultFolder:
+    """A folder for results, checked at once and changed only when the first result is there."""
 
-class RunFolder:
-    """The folder of one run: the files in FILES, and model/."""
+    results: tuple[str, ...]  # files and folders that overwriting removes
 
     def __init__(self, config: SimulationConfig, overwrite: bool = False) -> None:
-        """Checks the folder `config.out`, and changes nothing before the run's first metrics are there.
+        """Checks the folder `config.out`.
 
-        An existing folder with something in it is refused unless `overwrite`, which removes the results of a
-        former run and nothing else. Raises ConfigError.
+        An existing folder with something in it is refused unless `overwrite`, which removes former results
+        and nothing else. Raises ConfigError.
         """
         self.path = Path(config.out).expanduser()
-        self.metrics = self.path / "metrics.jsonl"
         self.begun = False
-        self.holdings: Holdings | None = None  # who holds what, written when the folder begins
         self._config = config
         with self._writing():
             self._check(overwrite)
 
     def begin(self) -> None:
-        """Removes the results of a former run, makes the folder, writes config.yaml and who holds what.
-
-        Raises ConfigError.
-        """
+        """Removes former results and makes the folder. Raises ConfigError."""
         with self._writing():
-            self._clear()
+            for name in self.results:
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._config.save(self.path / "config.yaml")
-            if self.holdings is not None:
-                self._write_partition(self.holdings)
         self.begun = True
-
-    def append(self, metrics: RoundMetrics) -> None:
-        """Adds a round to metrics.jsonl; the first one begins the folder."""
-        if not self.begun:
-            self.begin()
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics), allow_nan=False) + "\n")
-
-    def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
-        """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
-        save_plot(history, self.path)
-        adapters.save(model, tokenizer, self.path / "model")
-
-    def _write_partition(self, holdings: Holdings) -> None:
-        text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
-        (self.path / "partition.json").write_text(text + "\n", "utf-8")
-        save_partition_plot(holdings, self.path)
 
     def _check(self, overwrite: bool) -> None:
         out = self._config.out
@@ -97,7 +69,72 @@ class RunFolder:
                 f"out: expected a folder that can be written, got {self._config.out!r}: {error}"
             ) from None
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.path / "model", ignore_errors=True)
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+
+class RunFolder(ResultFolder):
+    """The folder of one run: the config, the rounds' metrics and their plot, the partition, and model/.
+
+    Where text was generated, also samples.jsonl: a line for each sample of each such round.
+    """
+
+    results = (
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "plot.png",
+        "plot.svg",
+        "partition.json",
+        "partition.png",
+        "partition.svg",
+        "model",
+    )
+    holdings: Holdings | None = None  # who holds what, written when the folder begins
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def begin(self) -> None:
+        """Also writes config.yaml and who holds what."""
+        super().begin()
+        with self._writing():
+            self._config.save(self.path / "config.yaml")
+            if self.holdings is not None:
+                self._write_partition(self.holdings)
+
+    def append(self, metrics: RoundMetrics, samples: Sequence[Sample] = ()) -> None:
+        """Adds a round to metrics.jsonl and its samples to samples.jsonl; the first one begins the folder."""
+        if not self.begun:
+            self.begin()
+        _append(self.path / "samples.jsonl", ({"round": metrics.round, **asdict(it)} for it in samples))
+        _append(self.metrics, [asdict(metrics)])
+
+    def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
+        """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
+        save_plot(history, self.path)
+        adapters.save(model, tokenizer, self.path / "model")
+
+    def _write_partition(self, holdings: Holdings) -> None:
+        text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
+        (self.path / "partition.json").write_text(text + "\n", "utf-8")
+        save_partition_plot(holdings, self.path)
+
+
+class EvaluationFolder(ResultFolder):
+    """The folder of one model's evaluation: evaluation.json and, where text was generated, samples.jsonl."""
+
+    results = ("evaluation.json", "samples.jsonl")
+
+    def write(self, evaluation: Evaluation) -> None:
+        self.begin()
+        config = {key: value for key, value in asdict(self._config).items() if key in EVALUATION_SETTINGS}
+        content = {"records": evaluation.records, "loss": evaluation.loss, "scores": evaluation.scores}
+        text = json.dumps({**content, "config": config}, indent=2, allow_nan=False)
+        (self.path / "evaluation.json").write_text(text + "\n", "utf-8")
+        _append(self.path / "samples.jsonl", map(asdict, evaluation.samples))
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds a line of JSON for each row; without rows the file is left as it is."""
+    if lines := [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, Protocol
 
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.client import DivergedError
+from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import NotFiniteError
@@ -23,11 +23,11 @@ class Watcher(Protocol):
 
     def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
 
-    def round_ends(self, metrics: RoundMetrics) -> None: ...
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
 Exchange = Callable[[int, list[int], Server[Any]], list[Reply]]  # round, its clients, server -> their replies
-Evaluate = Callable[[Any], float]  # model -> loss
+Evaluate = Callable[[int, Any, Stopwatch], Evaluation]  # round, model -> loss, scores and samples
 
 
 def run_rounds(
@@ -41,7 +41,7 @@ def run_rounds(
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
     A client whose training fails is left out of its round, whose mean is that of the others. Raises
-    DivergedError where that leaves none, or the evaluation loss is no longer finite.
+    DivergedError where that leaves none, or where the evaluation's numbers are no longer finite.
 
     for r = 1 .. R:
         the server draws the round's clients
@@ -50,13 +50,13 @@ def run_rounds(
     """
 
     def measure(round_: int, clients: list[int], replies: list[Reply], watch: Stopwatch) -> RoundMetrics:
-        with watch("eval"):
-            loss = evaluate(server.replica.model)
-        if not math.isfinite(loss):
+        try:
+            evaluation = evaluate(round_, server.replica.model, watch)
+        except DivergedError as error:
             cause = "lower training.learning_rate" if round_ else "the model is broken before any training"
-            raise DivergedError(f"round {round_}: expected a finite evaluation loss, got {loss}; {cause}")
-        metrics = _metrics(round_, clients, replies, loss, watch, model_bytes)
-        watcher.round_ends(metrics)
+            raise DivergedError(f"round {round_}: {error}; {cause}") from None
+        metrics = _metrics(round_, clients, replies, evaluation, watch, model_bytes)
+        watcher.round_ends(metrics, evaluation.samples)
         return metrics
 
     history = [measure(0, [], [], Stopwatch())]
@@ -81,7 +81,7 @@ def _metrics(
     round_: int,
     clients: list[int],
     replies: list[Reply],
-    eval_loss: float,
+    evaluation: Evaluation,
     watch: Stopwatch,
     model_bytes: int,
 ) -> RoundMetrics:
@@ -90,7 +90,7 @@ def _metrics(
         round=round_,
         clients=clients,
         left_out=[reply.client for reply in replies if reply.failure],
-        eval_loss=eval_loss,
+        eval_loss=evaluation.loss,
         train_loss=fmean(losses) if losses else None,
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
@@ -100,4 +100,6 @@ def _metrics(
         seconds_rebuild=sum(reply.watch["rebuild"] for reply in replies),
         seconds_server=watch["server"],
         seconds_eval=watch["eval"],
+        seconds_generate=watch["generate"],
+        scores=evaluation.scores,
     )

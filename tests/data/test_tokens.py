@@ -30,12 +30,14 @@ def test_tokenise_masks_the_prompt_and_ends_the_response(tokenizer: Any) -> None
     assert example.prompt_length == 4  # BOS, a, b, colon
     assert tokenizer.decode(example.input_ids[4:-1]) == "xyz"
     assert example.labels == [IGNORED] * 4 + list(example.input_ids[4:])
+    assert example.reference == "xyz"
     assert (count.kept, count.cut.counts.total()) == (1, 0)
 
 
 def test_tokenise_cuts_at_max_length(tokenizer: Any) -> None:
     [example], count = tokenise([{"q": "ab", "a": "xyz"}], FORM, tokenizer, 6)
     assert tokenizer.decode(example.input_ids[4:]) == "xy"
+    assert example.reference == "xyz"
     assert count.cut.places == {"cut to length": ["record 1"]}
 
 

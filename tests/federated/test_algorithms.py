@@ -10,11 +10,10 @@ import torch
 from conftest import SMALL, read_metrics
 from transformers import AutoModelForCausalLM
 
-from ferret_ext.federated import algorithms, models
+from ferret_ext.federated import adapters, algorithms, models
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.client import LocalTrainer
-from ferret_ext.federated.config import AdapterConfig, DatasetConfig, SimulationConfig, TrainingConfig
-from ferret_ext.federated.engines.in_process import _max_length
+from ferret_ext.federated.config import AdapterConfig, SimulationConfig, TrainingConfig
 
 ALGORITHMS = get_args(get_type_hints(SimulationConfig)["algorithm"])
 FIRST_ORDER = ["fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"]
@@ -58,7 +57,6 @@ def test_reference_code_mode_lowers_the_loss_and_repeats_to_the_bit(tmp_path: Pa
 
 def test_virtual_tokens_take_positions_of_the_models() -> None:
     model = models.tiny_llama(0)
+    assert models.max_length(model, 1024) == 512
     adapter = AdapterConfig(type="prompt-tuning", num_virtual_tokens=20)
-    long = DatasetConfig(max_length=1024)
-    assert _max_length(SimulationConfig(dataset=long), model) == 512
-    assert _max_length(SimulationConfig(dataset=long, adapter=adapter), model) == 492
+    assert models.max_length(adapters.attach(model, adapter, 0), 1024) == 492

@@ -275,6 +275,16 @@ def test_endless_batches_show_every_example_once_a_pass() -> None:
     assert [len(batch) for batch in islice(endless_batches(3, 8, seed=1), 2)] == [8, 8]
 
 
+def test_evaluation_loss_looks_past_virtual_tokens() -> None:
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(
+        tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
+    data = examples(3)
+    alone = [tuned(**collate([example], 0, torch.device("cpu"))).loss.item() for example in data]
+    assert evaluation_loss(tuned, data, 2, 0) == pytest.approx(fmean(alone), rel=1e-6)
+
+
 def test_evaluation_loss_counts_every_example_alike() -> None:
     """The mean of the losses that the model itself gives for each example, of unequal lengths."""
     model = tiny_model()

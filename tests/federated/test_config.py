@@ -43,6 +43,12 @@ def test_build_takes_dotted_settings_and_the_later_wins() -> None:
         ("full_determinism", "false", False),
         ("full_determinism", True, True),
         ("seed", 2**62, 2**62),
+        ("evaluation.scores", "rouge-l", ("rouge-l",)),
+        ("evaluation.scores", "rouge-l, rougeL,rouge-l", ("rouge-l", "rougeL")),
+        ("evaluation.scores", ["rougeL", "gsm8k-exact-match"], ("rougeL", "gsm8k-exact-match")),
+        ("evaluation.scores", "none", ()),
+        ("evaluation.scores", [], ()),
+        ("evaluation.scores", None, ()),
     ],
 )
 def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any) -> None:
@@ -72,6 +78,13 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("training.max_grad_norm", "x", "training.max_grad_norm: expected a number or none and > 0, got 'x'"),
         ("full_determinism", "yes", "full_determinism: expected true or false, got 'yes'"),
         ("ferret", 4096, r"ferret: expected a section with the keys ferret.mode, ferret.K, .*, got 4096"),
+        (
+            "evaluation.scores",
+            "bleu",
+            "evaluation.scores: expected none or, .*, rouge-l or rougeL",
+        ),
+        ("evaluation.scores", "rouge-l,", "evaluation.scores: expected .*, got 'rouge-l,'"),
+        ("evaluation.scores", 7, "evaluation.scores: expected .*, got 7"),
         ("ronds", 4, "ronds: no such setting .* did you mean rounds?"),
         ("K", 4, "K: no such setting .* did you mean ferret.K?"),
         ("zzz", 4, "zzz: no such setting .* the keys are model, data"),
@@ -95,9 +108,9 @@ def test_build_names_key_expected_and_got(key: str, value: Any, message: str) ->
 
 
 def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    config = build(
-        [*NEEDED, *flatten(PRESETS["gsm8k"]), ("dataset.prompt", "Ä {q}\n"), ("dataset.response", "{a}")]
-    )
+    templates = [("dataset.prompt", "Ä {q}\n"), ("dataset.response", "{a}")]
+    scores = ("evaluation.scores", "rougeL,rouge-l")
+    config = build([*NEEDED, *flatten(PRESETS["gsm8k"]), *templates, scores])
     config.save(tmp_path / "config.yaml")
     assert build(read_yaml(tmp_path / "config.yaml")) == config
 

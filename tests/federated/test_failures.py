@@ -18,8 +18,9 @@ from ferret_ext.federated.algorithms.ferret import Ferret
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
 from ferret_ext.federated.engines.in_process import InProcessClients, client_weights
-from ferret_ext.federated.metrics import RoundMetrics
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.evaluation import Evaluation, Sample
+from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
+from ferret_ext.federated.rounds import Evaluate, run_rounds
 from ferret_ext.federated.server import Server
 
 BAD = {1}
@@ -73,7 +74,6 @@ class Listener:
 
     def __init__(self) -> None:
         self.left_out: list[tuple[int, int, str]] = []
-        self.said: list[str] = []
 
     def round_begins(self, round_: int, clients: list[int]) -> None: ...
 
@@ -82,17 +82,22 @@ class Listener:
     def client_left_out(self, round_: int, client: int, reason: str) -> None:
         self.left_out.append((round_, client, reason))
 
-    def round_ends(self, metrics: RoundMetrics) -> None: ...
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
-def play(fit: Any, listener: Listener, loss: float = 1.0) -> list[RoundMetrics]:
+def finite(round_: int, model: Any, watch: Stopwatch) -> Evaluation:
+    return Evaluation(1.0, 1, {}, [])
+
+
+def not_finite(round_: int, model: Any, watch: Stopwatch) -> Evaluation:
+    raise DivergedError("expected a finite evaluation loss, got nan")
+
+
+def play(fit: Any, listener: Listener, evaluate: Evaluate = finite) -> list[RoundMetrics]:
     algorithm = fedavg(fit)
     clients = InProcessClients(algorithm, toy(), [examples(1)] * 3, [1.0] * 3, seed=0)
     server = Server(algorithm, toy(), range(3), 1.0, seed=0)
-    return run_rounds(2, server, partial(clients.exchange, listener), lambda _: loss, listener, 1)
+    return run_rounds(2, server, partial(clients.exchange, listener), evaluate, listener, 1)
 
 
 def test_clients_left_out_are_logged_and_counted() -> None:
@@ -113,7 +118,7 @@ def test_the_run_stops_when_every_client_diverges_or_the_global_loss_does() -> N
     with pytest.raises(DivergedError, match="every client in round 1: training diverged"):
         play(fails, Listener())
     with pytest.raises(DivergedError, match="round 0: expected a finite evaluation loss, got nan"):
-        play(train, Listener(), loss=math.nan)
+        play(train, Listener(), not_finite)
 
 
 def test_a_mean_that_overflows_stops_the_run() -> None:
@@ -122,7 +127,7 @@ def test_a_mean_that_overflows_stops_the_run() -> None:
     server = Server(algorithm, toy().half(), range(3), 1.0, seed=0)
     listener = Listener()
     with pytest.raises(DivergedError, match=r"round 1: .* must be finite.*; lower server_learning_rate"):
-        run_rounds(1, server, partial(clients.exchange, listener), lambda _: 1.0, listener, 1)
+        run_rounds(1, server, partial(clients.exchange, listener), finite, listener, 1)
     assert flat(server.replica.params).isfinite().all()
 
 

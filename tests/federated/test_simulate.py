@@ -21,7 +21,7 @@ from ferret_ext.federated.engines import in_process
 from ferret_ext.federated.engines.in_process import InProcessClients
 
 UPDATE_HEADER = 91
-SECONDS = {f"seconds_{part}" for part in ("local", "project", "rebuild", "server", "eval")}
+SECONDS = {f"seconds_{part}" for part in ("local", "project", "rebuild", "server", "eval", "generate")}
 
 
 def simulate(*arguments: str) -> int:

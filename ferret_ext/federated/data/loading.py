@@ -39,31 +39,55 @@ def load(config: SimulationConfig, tokenizer: Any, max_length: int, say: Callabl
     max_length: tokens of prompt and response together. Equal settings give equal examples in equal places.
     Raises DataError.
     """
-    protocol = PROTOCOLS[config.dataset.protocol]
-    splits = protocol.read(config.dataset, config.data, derive(config.seed, "records"))
-    form = _choose_format(config.dataset, protocol, splits.train, config.data)
-    splits = _with_test(splits, config.dataset.eval_split, derive(config.seed, "hold out"))
-    records = {TRAINING: splits.train, EVALUATION: splits.test or []}
-    examples: dict[str, list[Example]] = {}
-    counts: dict[str, Count] = {}
-    for split in (EVALUATION, TRAINING):
-        source = f"{config.data} ({split})"
-        formats.require_columns(form, records[split], source)
-        examples[split], counts[split] = tokenise(
-            records[split], form, tokenizer, max_length, config.dataset.max_prompt_length, source
-        )
-        counts[split].dropped = splits.dropped.get(split, Tally()) + counts[split].dropped
-    held = examples[EVALUATION][: config.evaluation.max_samples]
-    parts, holdings = _deal(config, protocol, records[TRAINING], counts, len(held))
-    for line in (*splits.notes, *_lines(holdings)):
+    source = _Source(config, tokenizer, max_length)
+    held, evaluation = source.examples_of(EVALUATION)
+    examples, training = source.examples_of(TRAINING)
+    held = held[: config.evaluation.max_samples]
+    counts = {TRAINING: training, EVALUATION: evaluation}
+    records = source.records
+    parts, holdings = _deal(config, source.protocol, records[TRAINING], counts, len(held))
+    for line in (*source.splits.notes, *_lines(holdings)):
         say(line)
     return ClientData(
-        shards=[[examples[TRAINING][i] for i in part] for part in parts],
+        shards=[[examples[i] for i in part] for part in parts],
         held=held,
-        held_records=[records[EVALUATION][i] for i in counts[EVALUATION].indices[: len(held)]],
-        form=form,
+        held_records=[records[EVALUATION][i] for i in evaluation.indices[: len(held)]],
+        form=source.form,
         holdings=holdings,
     )
+
+
+def load_held(
+    config: SimulationConfig, tokenizer: Any, max_length: int, say: Callable[[str], None]
+) -> list[Example]:
+    """The evaluation examples that `load` gives, without the others."""
+    source = _Source(config, tokenizer, max_length)
+    held, count = source.examples_of(EVALUATION)
+    evaluated = held[: config.evaluation.max_samples]
+    for line in (*source.splits.notes, _evaluation_line(count, len(evaluated))):
+        say(line)
+    return evaluated
+
+
+class _Source:
+    """The chosen records of a run, and how they become examples."""
+
+    def __init__(self, config: SimulationConfig, tokenizer: Any, max_length: int) -> None:
+        self.protocol = PROTOCOLS[config.dataset.protocol]
+        splits = self.protocol.read(config.dataset, config.data, derive(config.seed, "records"))
+        self.form = _choose_format(config.dataset, self.protocol, splits.train, config.data)
+        self.splits = _with_test(splits, config.dataset.eval_split, derive(config.seed, "hold out"))
+        self.records = {TRAINING: self.splits.train, EVALUATION: self.splits.test or []}
+        self._config, self._tokenizer, self._max_length = config, tokenizer, max_length
+
+    def examples_of(self, split: str) -> tuple[list[Example], Count]:
+        """A split's examples, and what was dropped on the way."""
+        records, source = self.records[split], f"{self._config.data} ({split})"
+        formats.require_columns(self.form, records, source)
+        limit = self._config.dataset.max_prompt_length
+        examples, count = tokenise(records, self.form, self._tokenizer, self._max_length, limit, source)
+        count.dropped = self.splits.dropped.get(split, Tally()) + count.dropped
+        return examples, count
 
 
 def _choose_format(dataset: DatasetConfig, protocol: Protocol, records: list[Record], source: str) -> Format:
@@ -127,10 +151,13 @@ def _deal(
 
 
 def _lines(holdings: Holdings) -> list[str]:
-    first = f", the first {holdings.evaluated:,} are evaluated"
     return [
-        f"data: {EVALUATION}: {holdings.evaluation}"
-        + (first if holdings.evaluated < holdings.evaluation.kept else ""),
+        _evaluation_line(holdings.evaluation, holdings.evaluated),
         f"data: {TRAINING}: {holdings.training}",
         str(holdings),
     ]
+
+
+def _evaluation_line(count: Count, evaluated: int) -> str:
+    first = f", the first {evaluated:,} are evaluated"
+    return f"data: {EVALUATION}: {count}" + (first if evaluated < count.kept else "")

@@ -18,10 +18,14 @@ IGNORED = -100  # the label that a loss leaves out
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and response; the first `prompt_length` carry no loss."""
+    """Token ids of prompt and response; the first `prompt_length` carry no loss.
+
+    reference: the response's whole text, which generated text is compared with.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
+    reference: str = ""
 
     @property
     def labels(self) -> list[int]:
@@ -46,9 +50,10 @@ def tokenise(
     longest = min(max_length - 1, max_prompt_length or max_length)
     count, examples = Count(), []
     whole = [index for index, record in enumerate(records) if not _lacks(record, index, format, count)]
+    texts = [format.response_of(records[index]) for index in whole]
     prompts = _ids(tokenizer, [format.prompt_of(records[index]) for index in whole], True)
-    responses = _ids(tokenizer, [format.response_of(records[index]) for index in whole], False)
-    for index, prompt, response in zip(whole, prompts, responses, strict=True):
+    responses = _ids(tokenizer, texts, False)
+    for index, prompt, response, text in zip(whole, prompts, responses, texts, strict=True):
         place = place_of(records[index], index)
         if len(prompt) > longest:
             count.dropped.add("with too long a prompt", place)
@@ -56,7 +61,7 @@ def tokenise(
         ids = [*prompt, *response, tokenizer.eos_token_id]
         if len(ids) > max_length:
             count.cut.add("cut to length", place)
-        examples.append(Example(tuple(ids[:max_length]), len(prompt)))
+        examples.append(Example(tuple(ids[:max_length]), len(prompt), text))
         count.indices.append(index)
     if not examples:
         raise DataError(

@@ -13,23 +13,28 @@ from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import adapters, algorithms, models
+from ferret_ext.federated import adapters, algorithms, models, scores
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.data.tokens import Example
-from ferret_ext.federated.metrics import RoundMetrics, evaluation_loss
+from ferret_ext.federated.evaluation import Evaluator
+from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.rounds import Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
 
-class Narrator(Watcher, Protocol):
-    """A watcher that also takes lines of text, what was loaded and dropped, and who holds what."""
+class Speaker(Protocol):
+    """Takes lines of text: what was loaded, what was dropped."""
 
     def say(self, text: str) -> None: ...
+
+
+class Narrator(Watcher, Speaker, Protocol):
+    """A watcher that also takes lines of text, and who holds what."""
 
     def dealt(self, holdings: Holdings) -> None: ...
 
@@ -88,14 +93,18 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
     Raises ConfigError, DataError and DivergedError.
     """
+    measures = scores.load(config.evaluation.scores)
     config = adapters.resolve(config)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
         model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
         full_bytes = models.trainable_bytes(model)
         model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
-        data = loading.load(config, tokenizer, _max_length(config, model), narrator.say)
+        data = loading.load(
+            config, tokenizer, models.max_length(model, config.dataset.max_length), narrator.say
+        )
         narrator.dealt(data.holdings)
+        evaluator = Evaluator(config.evaluation, data.held, tokenizer, measures)
         algorithm = algorithms.create(config, LocalTrainer(config.training, tokenizer.pad_token_id))
         weights = client_weights(config, algorithm, data.shards)
         clients = InProcessClients(algorithm, copy.deepcopy(model), data.shards, weights, config.seed)
@@ -103,17 +112,11 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         server = Server(algorithm, model, everybody, config.client_fraction, config.seed)
         for line in (_describe(server), *algorithm.notes(server.replica)):
             narrator.say(line)
-        batch_size = config.evaluation.per_device_eval_batch_size
         history = run_rounds(
             config.rounds,
             server,
             partial(clients.exchange, narrator),
-            partial(
-                evaluation_loss,
-                examples=data.held,
-                batch_size=batch_size,
-                pad_token_id=tokenizer.pad_token_id,
-            ),
+            partial(evaluator.after_round, config.rounds),
             narrator,
             full_bytes,
         )
@@ -145,14 +148,6 @@ def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.set_num_threads(threads)
-
-
-def _max_length(config: SimulationConfig, model: Any) -> int:
-    """The configured length, or the model's positions where these are fewer, less those of an adapter."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return config.dataset.max_length
-    return min(config.dataset.max_length, positions - adapters.virtual_tokens(config.adapter))
 
 
 def _describe(server: Server[Any]) -> str:
