@@ -53,6 +53,11 @@ def with_published(config: ZerothOrderConfig, algorithm: str) -> ZerothOrderConf
     return dataclasses.replace(config, **missing)
 
 
+def agreement(config: ZerothOrderConfig) -> str:
+    """The settings that server and clients must have in common."""
+    return repr(dataclasses.replace(config, perturbation="auto", snapshot="memory"))
+
+
 # ---- directions ----
 
 
