@@ -20,11 +20,11 @@ import numpy.typing as npt
 import torch
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values, check, shares
+from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values, shares
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive, derive_many
-from ferret_ext.federated.wire import Array, Message
+from ferret_ext.federated.wire import Array, Message, WireError
 from ferret_ext.federated.zeroth_order import Loss, Snapshot, Walk, agreement, given
 
 MINMAX_FLOOR = 1e-10  # keeps min-max scaling from dividing by 0, as in the authors' code
@@ -152,13 +152,18 @@ class FedKSeed(Algorithm[KSeedReplica]):
 
     def _pairs(self, update: Message) -> tuple[Array, npt.NDArray[np.float64]]:
         """The update's candidates and slopes [n], once checked. Raises WireError."""
-        sender, count = f"client {update.client}'s update", self.config.candidate_seeds
-        candidates = update.value("candidates", np.ndarray)
+        count = update.value("candidates", np.ndarray).size
         most = given(self.config.steps) * given(self.config.perturbations)
-        check(self.name, sender, f"at most {most} candidates", True, candidates.size <= most)
-        candidates = update.array("candidates", self._index_dtype, (candidates.size,))
-        check(self.name, sender, f"candidates below {count}", True, bool((candidates < count).all()))
+        if count > most:
+            raise self._unfit(update, f"at most {most} candidates", count)
+        candidates = update.array("candidates", self._index_dtype, (count,))
+        highest = int(candidates.max(initial=0))
+        if highest >= self.config.candidate_seeds:
+            raise self._unfit(update, f"candidates below {self.config.candidate_seeds}", highest)
         return candidates, update.array("slopes", "<f4", candidates.shape).astype(np.float64)
+
+    def _unfit(self, update: Message, expected: str, got: int) -> WireError:
+        return WireError(f"{self.name}: client {update.client}'s update must have {expected}, got {got}")
 
 
 @dataclass(frozen=True)
