@@ -213,9 +213,19 @@ class SimulationConfig:
         "", "a .json or .jsonl file, a folder with train and test files, a hub name, or builtin:NAME"
     )
     out: str = _option("", "folder for the run's results")
-    algorithm: Literal["ferret", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"] = _option(
-        "ferret", "what clients send and how the server adds it up"
-    )
+    algorithm: Literal[
+        "ferret",
+        "fedavg",
+        "fedit",
+        "fedit-sgd",
+        "fedprompt",
+        "fedptuning",
+        "fedzo",
+        "fedkseed",
+        "fedkseed-pro",
+        "decomfl",
+        "feedsign",
+    ] = _option("ferret", "what clients send and how the server adds it up")
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
     num_clients: int = _option(3, "clients that share the training data", at_least=1, at_most=2**32 - 1)
     client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import ferret_ext
 from ferret_ext.checks import KINDS
-from ferret_ext.federated.client import DivergedError, endless_batches
+from ferret_ext.federated.client import DivergedError, LocalFailure, endless_batches
 from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.seeds import derive
@@ -255,8 +255,11 @@ class Walk:
 
         seed: of the order of the examples. directions: [T][P] seeds. last_step: false where nobody needs the
         weights after step T. The model is in evaluation mode, without dropout. Where a loss is not finite the
-        slope is NaN and its direction is left out of the step. Raises DivergedError where all are.
+        slope is NaN and its direction is left out of the step. Raises DivergedError where all are, and
+        LocalFailure where there are no examples.
         """
+        if not examples:
+            raise LocalFailure("it holds no examples")
         slopes = np.full((len(directions), len(directions[0])), np.nan)
         losses: list[float] = []
         batches = endless_batches(len(examples), self.batch_size, seed)

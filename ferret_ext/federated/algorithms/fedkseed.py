@@ -2,7 +2,7 @@
 directions, so that a model is its base and K sums of slopes, w_r = w_0 - learning_rate sum_j a_j z_j.
 
     update     candidates uint16 (uint32 for K > 65536) [n], slopes float32 [n]: a pair for each finite slope
-    broadcast  seed int, from which the candidates' seeds follow, and sums float32 [K];
+    broadcast  seed int, from which the candidates' seeds follow, and, but in round 0, sums float32 [K];
                Pro: also magnitudes float32 [K] and visits uint32 [K]
 
 A broadcast holds all that came before it: whoever joins late needs w_0 and the newest one.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +77,9 @@ class FedKSeed(Algorithm[KSeedReplica]):
     on a batch, of `batch_size` examples.
     """
 
-    name: ClassVar[str] = "fedkseed"
-    self_contained: ClassVar[bool] = True
+    name = "fedkseed"
+    self_contained = True
+    weighting = "examples"
     config: ZerothOrderConfig
     server_learning_rate: float
     seed: int
@@ -107,10 +108,11 @@ class FedKSeed(Algorithm[KSeedReplica]):
         )
 
     def opening(self, replica: KSeedReplica) -> Values:
-        return {"seed": self.seed, "sums": replica.sums}
+        return {"seed": self.seed}
 
     def begin(self, replica: KSeedReplica, broadcast: Message) -> None:
-        self.advance(replica, broadcast)
+        seed = broadcast.value("seed", int)
+        replica.seeds = derive_many(seed, "candidate", replica.sums.size)
 
     def contribute(self, replica: KSeedReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         steps, perturbations = given(self.config.steps), given(self.config.perturbations)
@@ -136,10 +138,10 @@ class FedKSeed(Algorithm[KSeedReplica]):
         return {"seed": self.seed, "sums": sums.astype(np.float32)}
 
     def advance(self, replica: KSeedReplica, broadcast: Message) -> None:
-        count = replica.sums.size
-        replica.sums = broadcast.array("sums", "<f4", (count,))
+        sums = broadcast.array("sums", "<f4", replica.sums.shape)
         if not replica.seeds:
-            replica.seeds = derive_many(broadcast.value("seed", int), "candidate", count)
+            self.begin(replica, broadcast)
+        replica.sums = sums
         replica.restore()
 
     def odds(self, replica: KSeedReplica) -> npt.NDArray[np.float64] | None:
@@ -174,10 +176,7 @@ class FedKSeedPro(FedKSeed):
     those not yet visited have the least odds.
     """
 
-    name: ClassVar[str] = "fedkseed-pro"
-
-    def opening(self, replica: KSeedReplica) -> Values:
-        return {**super().opening(replica), "magnitudes": replica.magnitudes, "visits": replica.visits}
+    name = "fedkseed-pro"
 
     def combine(self, replica: KSeedReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
         magnitudes, visits = replica.magnitudes.astype(np.float64), replica.visits.copy()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class DeComFL(Algorithm[ScalarReplica]):
     weights alone, the weights stay as they are all through the round and nothing needs to be remembered.
     """
 
-    name: ClassVar[str] = "decomfl"
+    name = "decomfl"
     config: ZerothOrderConfig
     server_learning_rate: float
     seed: int
@@ -162,7 +162,7 @@ class FeedSign(DeComFL):
     where votes are tied no step is made.
     """
 
-    name: ClassVar[str] = "feedsign"
+    name = "feedsign"
 
     def replicate(self, model: Any) -> ScalarReplica:
         if self.shape[0] != 1:
