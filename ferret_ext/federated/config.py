@@ -192,7 +192,8 @@ class ZerothOrderConfig:
         "move there and back, rounded each time; auto: layerwise with the streams, in_place with torch",
     )
     snapshot: Literal["memory", "disk"] = _option(
-        "memory", "where the weights are kept that local steps must go back to"
+        "memory",
+        "where the weights stand that are gone back to; disk: in TMPDIR, so that memory holds the model once",
     )
 
 

@@ -34,12 +34,14 @@ MINMAX_FLOOR = 1e-10  # keeps min-max scaling from dividing by 0, as in the auth
 class KSeedReplica(Replica):
     """A replica that is rebuilt from w_0 and the sums, not from the round before.
 
-    seeds: of the K candidates. sums: a_j [K]. magnitudes [K]: sum |g| so far of each candidate, g clipped;
-    visits [K]: how many g those were. moved: local steps have been made since it was rebuilt.
+    base: w_0. snapshot: the weights as a client's round began, quicker to go back to than to rebuild. seeds:
+    of the K candidates. sums: a_j [K]. magnitudes [K]: sum |g| so far of each candidate, g clipped; visits
+    [K]: how many g those were. moved: local steps have been made since the weights were rebuilt.
     """
 
     walk: Walk
     base: Snapshot
+    snapshot: Snapshot
     rate: float  # server_learning_rate learning_rate
     sums: Array
     magnitudes: Array
@@ -53,11 +55,12 @@ class KSeedReplica(Replica):
         return hashlib.sha256(super().digest + settings.encode()).digest()[: wire.DIGEST_BYTES]
 
     def mark(self) -> None:
-        """Nothing to remember: w_0 and the sums give the weights again."""
+        self.snapshot.take(self.params)
 
     def rewind(self) -> None:
         if self.moved:
-            self.restore()
+            self.snapshot.restore(self.params)
+            self.moved = False
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -88,7 +91,7 @@ class FedKSeed(Algorithm[KSeedReplica]):
 
     def replicate(self, model: Any) -> KSeedReplica:
         walk = Walk.on(model, self.loss, self.batch_size, self.config)
-        base = Snapshot(self.config.snapshot == "disk")
+        base, snapshot = (Snapshot(self.config.snapshot == "disk") for _ in range(2))
         base.take(walk.params)
         count, rate = (
             self.config.candidate_seeds,
@@ -101,6 +104,7 @@ class FedKSeed(Algorithm[KSeedReplica]):
             list(walk.params),
             walk=walk,
             base=base,
+            snapshot=snapshot,
             rate=rate,
             sums=zeros,
             magnitudes=zeros,
