@@ -1,10 +1,12 @@
-"""FedKSeed, FedKSeed-Pro, DeComFL and FeedSign against a few lines with materialised directions."""
+"""FedZO, FedKSeed, FedKSeed-Pro, DeComFL and FeedSign against a few lines with materialised directions."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,17 @@ from torch import Tensor, nn
 
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData
+from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
+from ferret_ext.federated.cli import main
 from ferret_ext.federated.client import endless_batches
 from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.seeds import derive, derive_many
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import Message, WireError
-from ferret_ext.federated.zeroth_order import direction_seeds
+from ferret_ext.federated.zeroth_order import PUBLISHED, ZerothOrderTrainer, direction_seeds
 
 RATE, EPS, SERVER_RATE, SEED, K = 0.02, 1e-3, 0.5, 17, 40
 NUMEL = flat(list(toy().parameters())).numel()
@@ -73,6 +77,23 @@ def federation(name: str, model: nn.Module | None = None, loss: Any = loss, **ch
 def batches(client: int, round_: int, steps: int) -> list[list[Example]]:
     order = endless_batches(4, 1, derive(100 * round_ + client, "training"))
     return [[EXAMPLES[4 * client + i] for i in next(order)] for _ in range(steps)]
+
+
+def test_fedzo_averages_zeroth_order_walks() -> None:
+    """w_r = w_{r-1} - server rate sum_i p_i (w_{r-1} - w_i), w_i after client i's local steps."""
+    config = ZerothOrderConfig(steps=8, perturbations=2, learning_rate=RATE, eps=EPS)
+    algorithm = FedAvg(SERVER_RATE, ZerothOrderTrainer(config, loss, 1).train, "fedzo")
+    fed = Federation(algorithm, Server(algorithm, toy(), range(3), 1.0, 0), algorithm.replicate(toy()))
+    w = flat(list(toy().parameters()))
+    for round_ in (1, 2):
+        fed.round()
+        ends = []
+        for client in range(3):
+            seeds = direction_seeds(derive(100 * round_ + client, "training"), 8, 2)
+            zs = [[direction(seed, NUMEL, "gaussian") for seed in row] for row in seeds]
+            ends.append(walk_by_the_book(w, zs, batches(client, round_, 8), RATE, EPS)[0])
+        w = w - SERVER_RATE * sum((1 + i) / 6 * (w - end) for i, end in enumerate(ends))
+        torch.testing.assert_close(flat(fed.server.replica.params), w, rtol=0, atol=1e-9)
 
 
 def candidates() -> list[Tensor]:
@@ -347,6 +368,31 @@ def test_an_exact_round_keeps_no_copy() -> None:
     assert federation("decomfl", steps=1).client.snapshot is None
     assert federation("feedsign").client.snapshot is None
     assert federation("decomfl", steps=2).client.snapshot is not None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_runs_by_name(name: str, tmp_path: Path) -> None:
+    """Two rounds through the command line; only FedZO sends models."""
+    short = [
+        "rounds=2",
+        "num_clients=2",
+        "dataset.max_length=160",
+        "evaluation.max_samples=2",
+        "num_threads=1",
+    ]
+    steps = [] if name == "feedsign" else ["zeroth_order.steps=2"]
+    chosen = ["--model", "builtin:tiny-llama", "--data", "builtin:gsm8k", "--out", str(tmp_path / "run")]
+    assert (
+        main(["simulate", *chosen, *short, *steps, f"algorithm={name}", "zeroth_order.learning_rate=1e-4"])
+        == 0
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[2]["eval_loss"] != rows[0]["eval_loss"]
+    whole = 2 * rows[2]["model_bytes"]
+    assert (
+        (rows[2]["payload_bytes_up"] > whole) == (rows[2]["payload_bytes_down"] > whole) == (name == "fedzo")
+    )
 
 
 def test_candidates_are_distinct_and_follow_from_the_seed() -> None:
