@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +18,13 @@ from ferret_ext.federated.algorithms.base import Algorithm, LocalData
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
-from ferret_ext.federated.cli import main
 from ferret_ext.federated.client import endless_batches
 from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.seeds import derive, derive_many
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import Message, WireError
-from ferret_ext.federated.zeroth_order import PUBLISHED, ZerothOrderTrainer, direction_seeds
+from ferret_ext.federated.zeroth_order import ZerothOrderTrainer, direction_seeds
 
 RATE, EPS, SERVER_RATE, SEED, K = 0.02, 1e-3, 0.5, 17, 40
 NUMEL = flat(list(toy().parameters())).numel()
@@ -143,13 +140,14 @@ def test_pro_takes_candidates_by_the_size_of_their_slopes() -> None:
 
 
 def test_pro_draws_by_its_odds() -> None:
-    fed = federation("fedkseed-pro", steps=2000, perturbations=1, learning_rate=1e-9)
+    fed = federation("fedkseed-pro", steps=400, perturbations=1, learning_rate=1e-9, candidate_seeds=8)
     fed.round(1)
     odds = fed.algorithm.odds(fed.server.replica)
     drawn, _ = pairs(fed.round(1)[0])
-    counts = np.bincount(drawn, minlength=K)
+    counts = np.bincount(drawn, minlength=8)
     assert odds.max() / odds.min() == pytest.approx(math.e, rel=0.01)
-    assert (np.abs(counts - 2000 * odds) < 5 * np.sqrt(2000 * odds)).all()
+    assert (np.abs(counts - 400 * odds) < 4 * np.sqrt(400 * odds)).all()
+    assert np.square(counts - 400 * odds).sum() < np.square(counts - 50).sum()
 
 
 @pytest.mark.parametrize(
@@ -368,31 +366,6 @@ def test_an_exact_round_keeps_no_copy() -> None:
     assert federation("decomfl", steps=1).client.snapshot is None
     assert federation("feedsign").client.snapshot is None
     assert federation("decomfl", steps=2).client.snapshot is not None
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_runs_by_name(name: str, tmp_path: Path) -> None:
-    """Two rounds through the command line; only FedZO sends models."""
-    short = [
-        "rounds=2",
-        "num_clients=2",
-        "dataset.max_length=160",
-        "evaluation.max_samples=2",
-        "num_threads=1",
-    ]
-    steps = [] if name == "feedsign" else ["zeroth_order.steps=2"]
-    chosen = ["--model", "builtin:tiny-llama", "--data", "builtin:gsm8k", "--out", str(tmp_path / "run")]
-    assert (
-        main(["simulate", *chosen, *short, *steps, f"algorithm={name}", "zeroth_order.learning_rate=1e-4"])
-        == 0
-    )
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
-    assert rows[2]["eval_loss"] != rows[0]["eval_loss"]
-    whole = 2 * rows[2]["model_bytes"]
-    assert (
-        (rows[2]["payload_bytes_up"] > whole) == (rows[2]["payload_bytes_down"] > whole) == (name == "fedzo")
-    )
 
 
 def test_candidates_are_distinct_and_follow_from_the_seed() -> None:
