@@ -5,8 +5,8 @@ DeComFL (Li et al., ICLR 2025, arXiv 2405.15861) averages the slopes; FeedSign (
 takes the majority of their signs.
 
     update     slopes float32 [T, P], 0 where a loss was not finite;  FeedSign: votes int8 [1, P] of -1, 0, 1
-    broadcast  next_seed int, from which the next round's directions follow, and, but in round 0, slopes or
-               votes, those that everybody applies
+    broadcast  next_seed int, from which the next round's directions follow, and, but in round 0, seed int,
+               this round's, and the slopes or votes that everybody applies
 
 A client that missed rounds applies the broadcasts of all of them: some 100 bytes each.
 """
