@@ -202,6 +202,49 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ZerothOrderConfig:
+    """Training by losses alone: fedzo, fedkseed, fedkseed-pro, decomfl, feedsign.
+
+    Of the training section these take per_device_train_batch_size and nothing else. What is none here is what
+    the algorithm's authors publish (`zeroth_order.PUBLISHED`).
+    """
+
+    steps: int | None = _option(
+        None, "local steps T a round; none: 200 for fedzo and fedkseed, else 1", at_least=1
+    )
+    perturbations: int | None = _option(
+        None, "directions P a step, of which the mean is taken; none: 1", at_least=1
+    )
+    learning_rate: float | None = _option(
+        None, "step along a direction; none: 3e-7 for fedzo and fedkseed, else 1e-4", above=0
+    )
+    eps: float | None = _option(
+        None,
+        "how far off the weights losses are taken; none: 5e-4 for fedzo and fedkseed, else 1e-3",
+        above=0,
+    )
+    candidate_seeds: int = _option(
+        4096, "fedkseed: directions that all clients draw from", at_least=1, at_most=2**24
+    )
+    clip: float = _option(1000.0, "fedkseed-pro: slopes count up to this magnitude for the odds", above=0)
+    basis: Literal["rademacher", "uniform", "gaussian"] = _option(
+        "gaussian", "elements of a direction; all have mean 0 and variance 1"
+    )
+    generator: Literal["streams", "torch"] = _option(
+        "streams", "where directions come from; torch: its generator, as in other implementations"
+    )
+    perturbation: Literal["auto", "layerwise", "in_place"] = _option(
+        "auto",
+        "layerwise: each module computes with a perturbed copy of its own parameters; in_place: all of them "
+        "move there and back, rounded each time; auto: layerwise with the streams, in_place with torch",
+    )
+    snapshot: Literal["memory", "disk"] = _option(
+        "memory",
+        "where the weights stand that are gone back to; disk: in TMPDIR, so that memory holds the model once",
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How the global model is evaluated: its loss after each round, and scores of the texts it generates."""
 
@@ -230,9 +273,19 @@ class SimulationConfig:
         "builtin:NAME",
     )
     out: str = _option("", "folder for the run's results")
-    algorithm: Literal["ferret", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning"] = _option(
-        "ferret", "what clients send and how the server adds it up"
-    )
+    algorithm: Literal[
+        "ferret",
+        "fedavg",
+        "fedit",
+        "fedit-sgd",
+        "fedprompt",
+        "fedptuning",
+        "fedzo",
+        "fedkseed",
+        "fedkseed-pro",
+        "decomfl",
+        "feedsign",
+    ] = _option("ferret", "what clients send and how the server adds it up")
     rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
     num_clients: int | None = _option(
         None,
@@ -262,6 +315,7 @@ class SimulationConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    zeroth_order: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def save(self, path: Path) -> None:
@@ -466,4 +520,9 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
             f"{config.dataset.max_length}, got {limit}"
+        )
+    if config.zeroth_order.generator == "torch" and config.zeroth_order.perturbation == "layerwise":
+        raise ConfigError(
+            "zeroth_order.perturbation: expected in_place or auto where zeroth_order.generator is torch, got "
+            "layerwise; only the streams give a direction layer by layer"
         )

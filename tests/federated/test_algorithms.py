@@ -43,6 +43,16 @@ def test_algorithm_lowers_the_loss_in_two_rounds(tmp_path: Path, name: str) -> N
     assert (tmp_path / "model" / "adapter_config.json").exists() == (name in ("fedprompt", "fedptuning"))
 
 
+@pytest.mark.parametrize("name", ["fedzo", "fedkseed", "feedsign"])
+def test_zeroth_order_algorithm_moves_the_model(tmp_path: Path, name: str) -> None:
+    """All but FedZO send the same few bytes, whatever the model's size."""
+    steps = ["zeroth_order.perturbations=8"] if name == "feedsign" else ["zeroth_order.steps=2"]
+    rows = simulate(tmp_path, f"algorithm={name}", "zeroth_order.learning_rate=1e-4", *steps)
+    assert rows[2]["eval_loss"] != rows[1]["eval_loss"] != rows[0]["eval_loss"]
+    assert (rows[2]["payload_bytes_up"] > rows[2]["model_bytes"]) == (name == "fedzo")
+    assert name == "fedzo" or rows[2]["payload_bytes_up"] < 300
+
+
 def test_reference_code_mode_lowers_the_loss_and_repeats_to_the_bit(tmp_path: Path) -> None:
     settings = ["ferret.mode=reference-code", "server_learning_rate=1", "client_weights=batches"]
     rows = simulate(tmp_path / "first", *settings)

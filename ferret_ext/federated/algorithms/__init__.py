@@ -9,11 +9,18 @@ from typing import Any
 from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm, Train
 from ferret_ext.federated.algorithms.fedavg import FedAvg
+from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.ferret import Ferret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
+from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.zeroth_order import PUBLISHED, ZerothOrderTrainer, batch_loss, with_published
+
+SEEDED: dict[str, type[FedKSeed] | type[DeComFL]] = {
+    kind.name: kind for kind in (FedKSeed, FedKSeedPro, DeComFL, FeedSign)
+}
 
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
@@ -23,6 +30,7 @@ def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
         "ferret": lambda: _ferret(config, train),
         "fedavg": lambda: FedAvg(step, train),
         **{name: partial(FedAvg, step, train, name) for name in adapters.PUBLISHED},
+        **dict.fromkeys(PUBLISHED, partial(_zeroth_order, config, trainer)),
     }
     return makers[config.algorithm]()
 
@@ -32,3 +40,14 @@ def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
         return Ferret(config.ferret, config.server_learning_rate, train)
     pool_seed = derive(config.seed, "pool")
     return FerretReference(config.ferret, config.server_learning_rate, train, config.rounds, pool_seed)
+
+
+def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
+    """An algorithm that looks at losses alone. FedZO is federated averaging of zeroth-order steps."""
+    name, rate = config.algorithm, config.server_learning_rate
+    settings = with_published(config.zeroth_order, name)
+    loss = partial(batch_loss, pad_token_id=trainer.pad_token_id)
+    batch_size = trainer.config.per_device_train_batch_size
+    if name == "fedzo":
+        return FedAvg(rate, ZerothOrderTrainer(settings, loss, batch_size).train, name)
+    return SEEDED[name](settings, rate, derive(config.seed, "directions"), loss, batch_size)
