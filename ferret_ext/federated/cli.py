@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ferret_ext import __version__
 from ferret_ext.federated import config as configuration
+from ferret_ext.federated import presets
 from ferret_ext.federated.config import ConfigError, Leaf, Setting
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.presets import PRESETS
@@ -25,12 +26,16 @@ PLAIN_WIDTH = 100  # of the table where the output is no terminal
 
 SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
-  ferret simulate --preset gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
+  ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
 """
 EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
   ferret eval runs/gsm8k/model gsm8k/ --config runs/gsm8k/config.yaml --out runs/gsm8k-scores
+"""
+COMPARE_EXAMPLES = """examples:
+  ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
+  ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/two --variants fedavg,ferret
 """
 
 
@@ -73,6 +78,34 @@ def simulate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def compare_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "compare",
+        "Runs several variants on one task, each in a process of its own, and writes their table and plots. "
+        "A comparison that was interrupted goes on where it stood when the command is repeated. A variant is "
+        f"an algorithm or {presets.REFERENCE_CODE}; settings of the command line hold for all of them.",
+        COMPARE_EXAMPLES,
+    )
+    parser.add_argument("--variants", type=_names, help="what is compared; by default the preset's variants")
+    parser.add_argument(
+        "--seeds", type=_numbers, default=[0], help="of each variant's runs, e.g. 0,1,2; default 0"
+    )
+    parser.add_argument(
+        "--target-loss", type=float, help="loss that rounds are counted to; by default half way to the best"
+    )
+    shared = [leaf for leaf in configuration.leaves() if leaf.key not in ("algorithm", "seed")]
+    _add_settings(parser, shared, may_overwrite=False)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(name) for name in _names(text)]
+
+
 def eval_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "eval",
@@ -102,13 +135,16 @@ def _parser(command: str, description: str, examples: str) -> argparse.ArgumentP
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, leaves: Sequence[Leaf], may_overwrite: bool = True
+) -> None:
     """A flag for every setting; `key=value` says the same and wins over a flag."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file of settings, e.g. a run's config.yaml"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
+    if may_overwrite:
+        parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. rounds=5 ferret.K=4096"
     )
@@ -121,11 +157,11 @@ def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> No
         parser.add_argument(*flags, dest=leaf.key, metavar=name.upper(), default=None, help=help_text)
 
 
-def read_settings(options: argparse.Namespace, not_from_file: Collection[str] = ()) -> list[Setting]:
+def read_settings(
+    options: argparse.Namespace, not_from_file: Collection[str] = (), with_preset: bool = True
+) -> list[Setting]:
     """What preset, file, flags and overrides say, in this order. Raises ConfigError."""
     settings: list[Setting] = []
-    if options.preset:
-        settings += configuration.flatten(PRESETS[options.preset])
     if options.config:
         settings += [
             (key, value) for key, value in configuration.read_yaml(options.config) if key not in not_from_file
@@ -134,6 +170,8 @@ def read_settings(options: argparse.Namespace, not_from_file: Collection[str] = 
     keys = (leaf.key for leaf in configuration.leaves())
     settings += [(key, flags[key]) for key in keys if flags.get(key) is not None]
     settings += map(configuration.read_override, options.overrides)
+    if options.preset and with_preset:
+        return [*presets.settings_of(options.preset, presets.variant_of(settings)), *settings]
     return settings
 
 
@@ -156,6 +194,38 @@ def run_simulation(options: argparse.Namespace) -> int:
     folder.finish(result.model, result.tokenizer, result.history)
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def run_comparison(options: argparse.Namespace) -> int:
+    """Every variant with every seed, then their table and plots."""
+    from ferret_ext.federated import compare
+    from ferret_ext.federated.console import Lines, show_comparison
+
+    variants = options.variants or presets.variants_of(options.preset)
+    if not variants:
+        raise ConfigError("variants: expected some, got none; give --variants or a --preset that has them")
+    own = read_settings(options, with_preset=False)
+
+    def settings_of(variant: str) -> list[Setting]:
+        first = presets.settings_of(options.preset, variant) if options.preset else []
+        return [*first, *own, *presets.choice_of(variant)]
+
+    out = Path(configuration.build(settings_of(variants[0])).out).expanduser()
+    runs = compare.plan(settings_of, variants, options.seeds, out)
+    console = _console()
+    say = Lines(console).say
+    for number, run in enumerate(runs, start=1):
+        name = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
+        say(f"{name}: finished before" if run.finished else name)
+        if not run.finished:
+            compare.carry_out(run)
+    results = [compare.read_run(run) for run in runs]
+    target = compare.default_target(results) if options.target_loss is None else options.target_loss
+    rows = compare.tabulate(results, target)
+    compare.write(results, rows, target, out)
+    show_comparison(console, compare.table(rows, target))
+    say(f"results: {out}")
     return 0
 
 
@@ -192,5 +262,6 @@ def _console() -> Console:
 
 COMMANDS = {
     "simulate": Command("run all clients in this process", simulate_parser, run_simulation),
+    "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
 }

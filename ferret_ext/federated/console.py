@@ -97,6 +97,17 @@ def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:
     console.print(_totals(history), highlight=False, soft_wrap=True)
 
 
+def show_comparison(console: Console, cells: Sequence[Sequence[str]]) -> None:
+    """The table of a comparison."""
+    head, *rows = cells
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """One model's loss and scores."""
     lines = Lines(console)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ferret_ext import __version__, cpu_capability
 from ferret_ext.federated import adapters
 from ferret_ext.federated.config import EVALUATION_SETTINGS, ConfigError, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
@@ -85,6 +91,7 @@ class RunFolder(ResultFolder):
         "partition.json",
         "partition.png",
         "partition.svg",
+        "run.json",
         "model",
     )
     holdings: Holdings | None = None  # who holds what, written when the folder begins
@@ -112,6 +119,8 @@ class RunFolder(ResultFolder):
         """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
         save_plot(history, self.path)
         adapters.save(model, tokenizer, self.path / "model")
+        text = json.dumps({"peak_memory_bytes": peak_memory(), "environment": environment()}, indent=1)
+        (self.path / "run.json").write_text(text + "\n", "utf-8")  # last: what has it is finished
 
     def _write_partition(self, holdings: Holdings) -> None:
         text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
@@ -131,6 +140,39 @@ class EvaluationFolder(ResultFolder):
         text = json.dumps({**content, "config": config}, indent=2, allow_nan=False)
         (self.path / "evaluation.json").write_text(text + "\n", "utf-8")
         _append(self.path / "samples.jsonl", map(asdict, evaluation.samples))
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: on the GPU where one was used, else of resident memory."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def environment() -> dict[str, object]:
+    """What figures depend on: processor, threads and versions."""
+    versions = {name: version(name) for name in ("torch", "transformers", "datasets", "numpy")}
+    return {
+        "ferret-ext": __version__,
+        **versions,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cpu path": cpu_capability()["isa"],
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def processor() -> str:
+    """The processor's name, as well as the system knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

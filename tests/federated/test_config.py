@@ -12,11 +12,10 @@ from ferret_ext.federated.config import (
     ConfigError,
     SimulationConfig,
     build,
-    flatten,
     read_override,
     read_yaml,
 )
-from ferret_ext.federated.presets import PRESETS
+from ferret_ext.federated.presets import PRESETS, settings_of
 
 NEEDED = [("model", "m"), ("data", "d"), ("out", "o")]
 
@@ -110,14 +109,14 @@ def test_build_names_key_expected_and_got(key: str, value: Any, message: str) ->
 def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:
     templates = [("dataset.prompt", "Ä {q}\n"), ("dataset.response", "{a}")]
     scores = ("evaluation.scores", "rougeL,rouge-l")
-    config = build([*NEEDED, *flatten(PRESETS["gsm8k"]), *templates, scores])
+    config = build([*NEEDED, *settings_of("small/gsm8k", "ferret"), *templates, scores])
     config.save(tmp_path / "config.yaml")
     assert build(read_yaml(tmp_path / "config.yaml")) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name: str) -> None:
-    build([*NEEDED, *flatten(PRESETS[name])])
+    build([*NEEDED, *settings_of(name, "ferret")])
 
 
 @pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text"])

@@ -1,0 +1,71 @@
+"""The picture of a comparison: loss against rounds, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ferret_ext.federated.plot import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#1f6f8b", "#d9822b", "#7a9e3a", "#8e4585", "#c0392b", "#555555")
+DASHES = ("-", "--", ":")  # with the colours, for up to 18 variants
+
+Along = Callable[[dict[str, Any]], float]
+
+
+def _bytes(round_: dict[str, Any]) -> float:
+    return float(round_["payload_bytes_up"] + round_["payload_bytes_down"])
+
+
+def _seconds(round_: dict[str, Any]) -> float:
+    parts = ("local", "project", "rebuild", "server")
+    return float(sum(round_[f"seconds_{part}"] for part in parts))
+
+
+AXES: tuple[tuple[str, Along, bool], ...] = (
+    ("rounds", lambda round_: 1.0 if round_["round"] else 0.0, False),
+    ("bytes sent and received, all clients", _bytes, True),
+    ("seconds of all clients and the server", _seconds, False),
+)
+
+
+def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes comparison.png and comparison.svg."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(13, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 3, sharey=True)
+        for panel, (label, along, logarithmic) in zip(panels, AXES, strict=True):
+            _draw(panel, runs, along)
+            panel.set(xlabel=label)
+            if logarithmic:
+                panel.set_xscale("log")
+            panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panels[0].set(ylabel="evaluation loss, nats a response token")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+        figure.savefig(folder / "comparison.png", dpi=150)
+        figure.savefig(folder / "comparison.svg", metadata={"Date": None})
+
+
+def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along) -> None:
+    """A line a variant, the mean over its seeds, in a band from the least to the largest loss."""
+    for index, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
+        own = [run["rounds"] for run in runs if run["variant"] == variant]
+        losses = list(zip(*([round_["eval_loss"] for round_ in rounds] for rounds in own), strict=True))
+        places = [list(accumulate(map(along, rounds))) for rounds in own]
+        x = [sum(at) / len(at) for at in zip(*places, strict=True)]
+        colour = COLOURS[index % len(COLOURS)]
+        dash = DASHES[index // len(COLOURS) % len(DASHES)]
+        mean = [sum(of_round) / len(of_round) for of_round in losses]
+        panel.plot(x, mean, color=colour, linestyle=dash, linewidth=1.8, label=variant)
+        panel.fill_between(x, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15)
