@@ -22,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,31 @@ def plans(bench: Bench) -> None:
             bench.compare("plans", cases, bench.threads, to="one block")
 
 
+def paths(bench: Bench) -> None:
+    """Every path that the processor can run, by turns: ratios hold where a shared machine's rates do not."""
+    heading("project on every vector path, ratios to the path in use")
+    used = ferret_ext.cpu_capability()["isa"]
+    vector = [isa for isa in ferret_ext.cpu_capability()["available"] if isa not in ("scalar", used)]
+    tensors = {bench.settings.numel: bench.settings.columns}
+    if 8 * bench.settings.memory_numel < memory_available():
+        tensors[bench.settings.memory_numel] = bench.settings.memory_columns
+    for numel, columns in tensors.items():
+        x = filled(numel)
+        for K in columns:
+            case = project_case(x, K)
+            cases = [
+                replace(case, what=f"project, {isa}", call=partial(on_path, isa, case.call))
+                for isa in (used, *vector)
+            ]
+            bench.compare("paths", cases, bench.threads[:1], to=used)
+    ferret_ext.set_cpu_isa(used)
+
+
+def on_path(isa: str, call: Callable[[], object]) -> None:
+    ferret_ext.set_cpu_isa(isa)
+    call()
+
+
 def others(bench: Bench) -> None:
     """What else one could use, on one thread."""
     heading("Rivals, on one thread")
@@ -269,6 +294,7 @@ SECTIONS = {
     "dtypes": dtypes,
     "bases": bases,
     "memory": memory,
+    "paths": paths,
     "plans": plans,
     "rivals": others,
     "scaling": scaling,

@@ -69,7 +69,7 @@ def test_cases_count_elements_words_and_bytes() -> None:
 def test_every_section_gives_rows_on_every_number_of_threads(bench: Bench) -> None:
     for section in SECTIONS:
         threads = {row["threads"] for row in rows(bench, section)}
-        assert threads == ({1} if section == "rivals" else {1, 2})
+        assert threads == ({1} if section in ("rivals", "paths") else {1, 2})
 
 
 def test_rows_have_rates_shares_and_ratios(bench: Bench) -> None:
