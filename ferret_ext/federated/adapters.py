@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ferret_ext.federated.config import AdapterConfig, ConfigError, SimulationConfig
+from ferret_ext.federated.config import AdapterConfig, SimulationConfig
+from ferret_ext.federated.settings import ConfigError
 
 PUBLISHED: dict[str, tuple[Any, Any]] = {  # algorithm -> adapter.type, training.optim
     "fedit": ("lora", "adam"),

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from ferret_ext import __version__
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import presets
-from ferret_ext.federated.config import ConfigError, Leaf, Setting
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.presets import PRESETS
+from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, read_override, read_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,7 @@ def _add_settings(
         name = leaf.key.rpartition(".")[2]
         default = "none" if leaf.default in (None, ()) else leaf.default
         default = f"; default {default}" if default != "" else ""
-        help_text = f"{leaf.help} ({configuration.expected(leaf)}{default})".replace("%", "%%")
+        help_text = f"{leaf.help} ({expected(leaf)}{default})".replace("%", "%%")
         flags = dict.fromkeys([f"--{leaf.key}", f"--{leaf.key.replace('_', '-')}"])
         parser.add_argument(*flags, dest=leaf.key, metavar=name.upper(), default=None, help=help_text)
 
@@ -163,13 +163,11 @@ def read_settings(
     """What preset, file, flags and overrides say, in this order. Raises ConfigError."""
     settings: list[Setting] = []
     if options.config:
-        settings += [
-            (key, value) for key, value in configuration.read_yaml(options.config) if key not in not_from_file
-        ]
+        settings += [(key, value) for key, value in read_yaml(options.config) if key not in not_from_file]
     flags = vars(options)
     keys = (leaf.key for leaf in configuration.leaves())
     settings += [(key, flags[key]) for key in keys if flags.get(key) is not None]
-    settings += map(configuration.read_override, options.overrides)
+    settings += map(read_override, options.overrides)
     if options.preset and with_preset:
         return [*presets.settings_of(options.preset, presets.variant_of(settings)), *settings]
     return settings

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ferret_ext.federated.config import ConfigError, TrainingConfig
+from ferret_ext.federated.config import TrainingConfig
 from ferret_ext.federated.data.tokens import Example, collate
+from ferret_ext.federated.settings import ConfigError
 
 Batch = list[int]  # indices of examples
 

@@ -17,8 +17,9 @@ from statistics import fmean
 from typing import Any
 
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated.config import ConfigError, Setting, SimulationConfig
+from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.plot_comparison import save_comparison_plot
+from ferret_ext.federated.settings import ConfigError, Setting, read_yaml
 
 COMPARISON = "comparison.json"
 
@@ -42,7 +43,7 @@ class Run:
         if not (self.folder / "run.json").exists() or not saved.exists():
             return False
         try:
-            return configuration.build(configuration.read_yaml(saved)) == self.config
+            return configuration.build(read_yaml(saved)) == self.config
         except ConfigError:
             return False  # of another version
 
@@ -77,7 +78,8 @@ def read_run(run: Run) -> dict[str, Any]:
     """A finished run: its rounds, as in metrics.jsonl, and what run.json says of it."""
     rounds = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     about = json.loads((run.folder / "run.json").read_text("utf-8"))
-    return {"variant": run.variant, "seed": run.seed, **about, "rounds": rounds}
+    names = {key: Path(getattr(run.config, key)).name for key in ("model", "data")}  # not where they lie
+    return {"variant": run.variant, "seed": run.seed, **names, **about, "rounds": rounds}
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,23 @@
-"""What a run is made of: dataclasses, filled from presets, YAML files and `key=value` overrides.
+"""What a run is made of: dataclasses that presets, files and overrides fill (see `settings`).
 
-Every setting has one dotted key (`rounds`, `training.learning_rate`, `ferret.K`), which is at once the
-field's path, its place in a YAML file, its override and its flag. Training arguments have the names that
-Hugging Face gives them.
+Training arguments have the names that Hugging Face gives them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import yaml
 
+from ferret_ext.federated import settings
 from ferret_ext.federated.data.sources import EVAL_SPLIT
+from ferret_ext.federated.settings import ConfigError, Leaf, Setting, option
 
 LARGEST_DECAY = 0.999999  # optimisers want less than 1
-Setting = tuple[str, Any]  # dotted key and value
 ScoreName = Literal["rouge-l", "rougeL", "rougeL-stem", "gsm8k-exact-match"]
 
 # What an evaluation depends on: names of settings and sections.
@@ -30,51 +27,35 @@ EVALUATION_SETTINGS = (
 )
 
 
-class ConfigError(ValueError):
-    """A setting that does not exist or fit; the text names its key, what was expected and what it got."""
-
-
-def _option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    limits = {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "limits": limits})
-
-
 @dataclass(frozen=True)
 class DatasetConfig:
     """Which records there are, how they become prompts and responses, and those become tokens."""
 
-    protocol: Literal["none", "natural-instructions", "dolly", "codealpaca", "gsm8k"] = _option(
+    protocol: Literal["none", "natural-instructions", "dolly", "codealpaca", "gsm8k"] = option(
         "none", "the paper's choice of records, with its prompt, partition and number of clients"
     )
-    task_lists: str = _option(
+    task_lists: str = option(
         "default",
         "natural-instructions: a folder in splits/, or any other, with train_tasks.txt and test_tasks.txt",
     )
-    labels_file: str | None = _option(
+    labels_file: str | None = option(
         None, "a file with more columns for the training records, by its column index, which counts from 0"
     )
-    columns: str | None = _option(
+    columns: str | None = option(
         None, "names for columns that have others, e.g. 'instruction=question, output=answer'"
     )
-    config_name: str | None = _option(None, "the hub data set's configuration, e.g. main")
-    train_split: str = _option("train", "split that is divided among the clients")
-    eval_split: str = _option(
+    config_name: str | None = option(None, "the hub data set's configuration, e.g. main")
+    train_split: str = option("train", "split that is divided among the clients")
+    eval_split: str = option(
         EVAL_SPLIT, "split that is evaluated; where there is no test split, part of the training split is"
     )
-    format: Literal["auto", "gsm8k", "alpaca", "dolly"] = _option(
+    format: Literal["auto", "gsm8k", "alpaca", "dolly"] = option(
         "auto", "columns and prompt template; auto goes by the columns"
     )
-    prompt: str | None = _option(None, "a prompt template of your own, e.g. 'Q: {question}\\nA: '")
-    response: str | None = _option(None, "the response's template, e.g. '{answer}'; goes with dataset.prompt")
-    max_length: int = _option(1024, "tokens of prompt and response together; the rest is cut off", at_least=2)
-    max_prompt_length: int | None = _option(
+    prompt: str | None = option(None, "a prompt template of your own, e.g. 'Q: {question}\\nA: '")
+    response: str | None = option(None, "the response's template, e.g. '{answer}'; goes with dataset.prompt")
+    max_length: int = option(1024, "tokens of prompt and response together; the rest is cut off", at_least=2)
+    max_prompt_length: int | None = option(
         None, "records with a longer prompt are dropped; max_length - 1 unless given", at_least=1
     )
 
@@ -85,20 +66,20 @@ class PartitionConfig:
 
     kind: Literal[
         "auto", "iid", "dirichlet", "natural-id", "pathological", "linear", "square", "exponential"
-    ] = _option(
+    ] = option(
         "auto",
         "iid: evenly; dirichlet: skewed by a column's values; natural-id: one client a value; pathological: "
         "a few values a client; linear, square, exponential: sizes grow so; auto: as dataset.protocol has it",
     )
-    column: str | None = _option(
+    column: str | None = option(
         None, "column that dirichlet, natural-id and pathological go by; none: the protocol's"
     )
-    alpha: float = _option(0.5, "dirichlet: the smaller, the more skewed", above=0)
-    self_balancing: bool = _option(
+    alpha: float = option(0.5, "dirichlet: the smaller, the more skewed", above=0)
+    self_balancing: bool = option(
         True, "dirichlet: a client with the mean number of records gets none of the values after that"
     )
-    classes_per_client: int = _option(2, "pathological: values a client", at_least=1)
-    min_size: int | None = _option(
+    classes_per_client: int = option(2, "pathological: values a client", at_least=1)
+    min_size: int | None = option(
         None,
         "records a client has at least; natural-id leaves out values with fewer; 0: clients may go empty and "
         "take no part; none: 10 for dirichlet, else 1",
@@ -110,58 +91,58 @@ class PartitionConfig:
 class TrainingConfig:
     """A client's local training in one round."""
 
-    max_steps: int = _option(10, "optimiser steps T a round", at_least=1)
-    num_train_epochs: float | None = _option(
+    max_steps: int = option(10, "optimiser steps T a round", at_least=1)
+    num_train_epochs: float | None = option(
         None, "passes over a client's records a round, in place of max_steps", above=0
     )
-    gradient_accumulation_steps: int = _option(4, "batches a step", at_least=1)
-    per_device_train_batch_size: int = _option(1, "records a batch", at_least=1)
-    optim: Literal["auto", "sgd", "adam", "adamw"] = _option(
+    gradient_accumulation_steps: int = option(4, "batches a step", at_least=1)
+    per_device_train_batch_size: int = option(1, "records a batch", at_least=1)
+    optim: Literal["auto", "sgd", "adam", "adamw"] = option(
         "auto", "local optimiser; auto: adam for fedit, fedprompt and fedptuning, else sgd"
     )
-    learning_rate: float = _option(1e-4, "local learning rate", above=0)
-    momentum: float = _option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
-    adam_beta1: float = _option(0.9, "decay of adam's first moments", at_least=0, at_most=LARGEST_DECAY)
-    adam_beta2: float = _option(0.999, "decay of adam's second moments", at_least=0, at_most=LARGEST_DECAY)
-    adam_epsilon: float = _option(1e-8, "added to the root of adam's second moments", above=0)
-    weight_decay: float = _option(0.0, "L2 penalty; with adamw, decay apart from the gradient", at_least=0)
-    max_grad_norm: float | None = _option(
+    learning_rate: float = option(1e-4, "local learning rate", above=0)
+    momentum: float = option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta1: float = option(0.9, "decay of adam's first moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_beta2: float = option(0.999, "decay of adam's second moments", at_least=0, at_most=LARGEST_DECAY)
+    adam_epsilon: float = option(1e-8, "added to the root of adam's second moments", above=0)
+    weight_decay: float = option(0.0, "L2 penalty; with adamw, decay apart from the gradient", at_least=0)
+    max_grad_norm: float | None = option(
         None, "gradients are clipped to this norm; none: no clipping", above=0
     )
-    keep_state: bool = _option(
+    keep_state: bool = option(
         False, "a client's momentum and moments go on in its next round; else they begin at zero"
     )
-    gradient_checkpointing: bool = _option(False, "less memory: activations are computed a second time")
-    torch_compile: bool = _option(False, "compiles the model for local training")
+    gradient_checkpointing: bool = option(False, "less memory: activations are computed a second time")
+    torch_compile: bool = option(False, "compiles the model for local training")
 
 
 @dataclass(frozen=True)
 class FerretConfig:
     """How an update is projected (arXiv 2409.06277, section 3)."""
 
-    mode: Literal["paper", "reference-code"] = _option(
+    mode: Literal["paper", "reference-code"] = option(
         "paper", "as the paper states the method, or as its authors' code runs it"
     )
-    K: int = _option(
+    K: int = option(
         4096, "coordinates an update, over all blocks; reference-code: seeds in the pool", at_least=1
     )
-    granularity: int | Literal["auto", "tensor", "packed"] = _option(
+    granularity: int | Literal["auto", "tensor", "packed"] = option(
         "auto",
         "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: tensor, for "
         "reference-code packed",
         at_least=1,
     )
-    allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = _option(
+    allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = option(
         "size", "how K is shared out among the blocks; norms are those of the last round"
     )
-    basis: Literal["auto", "rademacher", "uniform", "gaussian"] = _option(
+    basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
-    slr_schedule: Literal["none", "linear", "cosine"] = _option(
+    slr_schedule: Literal["none", "linear", "cosine"] = option(
         "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
     )
-    slr_min: float = _option(0.0, "reference-code: where server_learning_rate falls to", at_least=0)
-    pool_momentum: float = _option(
+    slr_min: float = option(0.0, "reference-code: where server_learning_rate falls to", at_least=0)
+    pool_momentum: float = option(
         0.0,
         "reference-code: what is kept of the pool's coefficients; the authors' default is 0.9",
         at_least=0,
@@ -186,17 +167,17 @@ class FerretConfig:
 class AdapterConfig:
     """What is trained in place of the model's own weights, with the numbers of FedIT and its kin."""
 
-    type: Literal["auto", "none", "lora", "prompt-tuning", "p-tuning"] = _option(
+    type: Literal["auto", "none", "lora", "prompt-tuning", "p-tuning"] = option(
         "auto", "PEFT adapter; auto: that of fedit, fedprompt or fedptuning, none for other algorithms"
     )
-    lora_r: int = _option(8, "rank of LoRA's matrices", at_least=1)
-    lora_alpha: int = _option(16, "LoRA's product is multiplied by this over its rank", at_least=1)
-    lora_dropout: float = _option(0.05, "dropout in front of LoRA's matrices", at_least=0, at_most=1)
-    num_virtual_tokens: int = _option(20, "tokens that prompt-tuning and p-tuning put in front", at_least=1)
-    encoder_hidden_size: int | None = _option(
+    lora_r: int = option(8, "rank of LoRA's matrices", at_least=1)
+    lora_alpha: int = option(16, "LoRA's product is multiplied by this over its rank", at_least=1)
+    lora_dropout: float = option(0.05, "dropout in front of LoRA's matrices", at_least=0, at_most=1)
+    num_virtual_tokens: int = option(20, "tokens that prompt-tuning and p-tuning put in front", at_least=1)
+    encoder_hidden_size: int | None = option(
         None, "width of p-tuning's MLP; none: that of the embeddings", at_least=1
     )
-    encoder_dropout: float = _option(
+    encoder_dropout: float = option(
         0.1, "p-tuning's dropout, which PEFT's MLP does not have", at_least=0, at_most=1
     )
 
@@ -209,36 +190,36 @@ class ZerothOrderConfig:
     the algorithm's authors publish (`zeroth_order.PUBLISHED`).
     """
 
-    steps: int | None = _option(
+    steps: int | None = option(
         None, "local steps T a round; none: 200 for fedzo and fedkseed, else 1", at_least=1
     )
-    perturbations: int | None = _option(
+    perturbations: int | None = option(
         None, "directions P a step, of which the mean is taken; none: 1", at_least=1
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option(
         None, "step along a direction; none: 3e-7 for fedzo and fedkseed, else 1e-4", above=0
     )
-    eps: float | None = _option(
+    eps: float | None = option(
         None,
         "how far off the weights losses are taken; none: 5e-4 for fedzo and fedkseed, else 1e-3",
         above=0,
     )
-    candidate_seeds: int = _option(
+    candidate_seeds: int = option(
         4096, "fedkseed: directions that all clients draw from", at_least=1, at_most=2**24
     )
-    clip: float = _option(1000.0, "fedkseed-pro: slopes count up to this magnitude for the odds", above=0)
-    basis: Literal["rademacher", "uniform", "gaussian"] = _option(
+    clip: float = option(1000.0, "fedkseed-pro: slopes count up to this magnitude for the odds", above=0)
+    basis: Literal["rademacher", "uniform", "gaussian"] = option(
         "gaussian", "elements of a direction; all have mean 0 and variance 1"
     )
-    generator: Literal["streams", "torch"] = _option(
+    generator: Literal["streams", "torch"] = option(
         "streams", "where directions come from; torch: its generator, as in other implementations"
     )
-    perturbation: Literal["auto", "layerwise", "in_place"] = _option(
+    perturbation: Literal["auto", "layerwise", "in_place"] = option(
         "auto",
         "layerwise: each module computes with a perturbed copy of its own parameters; in_place: all of them "
         "move there and back, rounded each time; auto: layerwise with the streams, in_place with torch",
     )
-    snapshot: Literal["memory", "disk"] = _option(
+    snapshot: Literal["memory", "disk"] = option(
         "memory",
         "where the weights stand that are gone back to; disk: in TMPDIR, so that memory holds the model once",
     )
@@ -248,31 +229,31 @@ class ZerothOrderConfig:
 class EvaluationConfig:
     """How the global model is evaluated: its loss after each round, and scores of the texts it generates."""
 
-    max_samples: int | None = _option(200, "records evaluated, the first of the split; none: all", at_least=1)
-    per_device_eval_batch_size: int = _option(8, "records a batch", at_least=1)
-    scores: tuple[ScoreName, ...] = _option(
+    max_samples: int | None = option(200, "records evaluated, the first of the split; none: all", at_least=1)
+    per_device_eval_batch_size: int = option(8, "records a batch", at_least=1)
+    scores: tuple[ScoreName, ...] = option(
         (), "scores of generated text; rouge-l is of the package rouge, rougeL of rouge_score"
     )
-    generate_every: int = _option(
+    generate_every: int = option(
         0, "text is generated before round 1 and after each of so many rounds; 0: after the last", at_least=0
     )
-    max_generated_samples: int | None = _option(
+    max_generated_samples: int | None = option(
         None, "of the records evaluated, how many get text generated, the first ones; none: all", at_least=1
     )
-    max_new_tokens: int = _option(128, "tokens of a generated text at most", at_least=1)
+    max_new_tokens: int = option(128, "tokens of a generated text at most", at_least=1)
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
     """A federated run in one process."""
 
-    model: str = _option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
-    data: str = _option(
+    model: str = option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
+    data: str = option(
         "",
         "a .jsonl, .json, .parquet, .csv or .tsv file, a folder with train and test files, a hub name, or "
         "builtin:NAME",
     )
-    out: str = _option("", "folder for the run's results")
+    out: str = option("", "folder for the run's results")
     algorithm: Literal[
         "ferret",
         "fedavg",
@@ -285,31 +266,31 @@ class SimulationConfig:
         "fedkseed-pro",
         "decomfl",
         "feedsign",
-    ] = _option("ferret", "what clients send and how the server adds it up")
-    rounds: int = _option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
-    num_clients: int | None = _option(
+    ] = option("ferret", "what clients send and how the server adds it up")
+    rounds: int = option(20, "communication rounds", at_least=1, at_most=2**32 - 1)
+    num_clients: int | None = option(
         None,
         "clients that share the training data; none: as many as natural-id finds values, else as "
         "dataset.protocol has it: 200 for dolly, 3 for others",
         at_least=1,
         at_most=2**32 - 1,
     )
-    client_fraction: float = _option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
-    client_weights: Literal["auto", "uniform", "examples", "batches"] = _option(
+    client_fraction: float = option(1.0, "share of the clients drawn in each round", above=0, at_most=1)
+    client_weights: Literal["auto", "uniform", "examples", "batches"] = option(
         "auto", "what a client counts by in the mean; auto: as the algorithm was published"
     )
-    server_learning_rate: float = _option(1.0, "step along the clients' mean update", above=0)
-    seed: int = _option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    server_learning_rate: float = option(1.0, "step along the clients' mean update", above=0)
+    seed: int = option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "the model's dtype; auto: as stored"
     )
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
-    num_threads: int | None = _option(
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    num_threads: int | None = option(
         None,
         "CPU threads of torch; none: its own choice. Runs repeat to the bit for equal numbers",
         at_least=1,
     )
-    full_determinism: bool = _option(True, "kernels that repeat to the bit only; false allows faster ones")
+    full_determinism: bool = option(True, "kernels that repeat to the bit only; false allows faster ones")
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -325,181 +306,19 @@ class SimulationConfig:
         )
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """One setting: a field of the config or of one of its sections."""
-
-    key: str
-    hint: Any
-    default: Any
-    help: str
-    limits: Mapping[str, float | None]
+def leaves() -> Iterator[Leaf]:
+    """All settings of a run, in the order of the fields."""
+    return settings.leaves(SimulationConfig)
 
 
-def leaves(cls: type = SimulationConfig, prefix: str = "") -> Iterator[Leaf]:
-    """All settings, in the order of the fields."""
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from leaves(hints[item.name], f"{prefix}{item.name}.")
-        else:
-            yield Leaf(
-                f"{prefix}{item.name}",
-                hints[item.name],
-                item.default,
-                item.metadata["help"],
-                item.metadata["limits"],
-            )
-
-
-def build(
-    settings: Iterable[Setting], required: Iterable[str] = ("model", "data", "out")
-) -> SimulationConfig:
+def build(given: Iterable[Setting], required: Iterable[str] = ("model", "data", "out")) -> SimulationConfig:
     """The config with these settings; a later one wins over an earlier one. Raises ConfigError."""
-    known = {leaf.key: leaf for leaf in leaves()}
-    values = {}
-    for key, value in settings:
-        if key not in known:
-            raise ConfigError(_unknown(key, value, known))
-        values[key] = _convert(known[key], value)
-    config: SimulationConfig = _construct(SimulationConfig, values, "")
+    config = settings.fill(SimulationConfig, given)
     for key in required:
         if not getattr(config, key):
             raise ConfigError(f"{key}: expected a value, got none; give --{key}")
     _check_together(config)
     return config
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[Setting]:
-    """A nested mapping as dotted settings."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def read_yaml(path: Path) -> list[Setting]:
-    """The settings of a YAML file. Raises ConfigError."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path}: expected readable YAML, got: {one_line(error)}") from None
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config file {path}: expected `key: value` lines, got {type(content).__name__}")
-    return list(flatten(content))
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_override(text: str) -> Setting:
-    """`key=value` as a setting. Raises ConfigError."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"override {text!r}: expected key=value, e.g. rounds=5 or ferret.K=4096")
-    return key.strip(), value
-
-
-def expected(leaf: Leaf) -> str:
-    """In words, which values a setting takes."""
-    bounds = {"at_least": ">=", "above": ">", "at_most": "<="}
-    limits = [
-        f"{bounds[name]} {limit:g}"
-        for name, limit in leaf.limits.items()
-        if limit is not None and limit < 2**31
-    ]
-    return " and ".join([_describe(leaf.hint), *limits])
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"none or, with commas between them, {_describe(get_args(hint)[0])}"
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, "none")
-
-
-def _convert(leaf: Leaf, value: Any) -> Any:
-    """The value in the setting's type. Text is read as a value too: YAML takes 1e-4 for text."""
-    options = get_args(leaf.hint) if get_origin(leaf.hint) in (Union, types.UnionType) else (leaf.hint,)
-    for option in sorted(options, key=lambda option: option is str):
-        try:
-            converted = _read_as(option, value)
-        except (ValueError, OverflowError):
-            continue
-        if _within(converted, leaf.limits):
-            return converted
-        break
-    raise ConfigError(f"{leaf.key}: expected {expected(leaf)}, got {value!r}")
-
-
-def _read_as(hint: Any, value: Any) -> Any:
-    """The value as one plain type; ValueError if it is none of it."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is type(None) and (value is None or value in ("none", "null")):
-        return None
-    if get_origin(hint) is Literal and value in get_args(hint):
-        return value
-    if get_origin(hint) is tuple:
-        return tuple(dict.fromkeys(_read_as(get_args(hint)[0], item) for item in _items(value)))
-    if hint is bool and value in (True, False, "true", "false"):
-        return value in (True, "true")
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if hint is int and (isinstance(value, str) or (is_number and value == int(value))):
-        return int(value)
-    if hint is float and (isinstance(value, str) or is_number):
-        return float(value)
-    raise ValueError
-
-
-def _items(value: Any) -> list[Any]:
-    """A list, or one as text: `a,b`, `none` or nothing."""
-    if isinstance(value, str):
-        items = [item.strip() for item in value.split(",")]
-        return [] if items in ([""], ["none"], ["null"]) else items
-    if value is None or isinstance(value, (list, tuple)):
-        return list(value or [])
-    raise ValueError
-
-
-def _within(value: Any, limits: Mapping[str, float | None]) -> bool:
-    if not isinstance(value, (int, float)):
-        return True
-    low, above, high = limits["at_least"], limits["above"], limits["at_most"]
-    finite = value - value == 0
-    return (
-        finite
-        and (low is None or value >= low)
-        and (above is None or value > above)
-        and (high is None or value <= high)
-    )
-
-
-def _unknown(key: str, value: Any, known: Mapping[str, Leaf]) -> str:
-    inside = [name for name in known if name.startswith(f"{key}.")]
-    if inside:
-        return f"{key}: expected a section with the keys {', '.join(inside)}, got {value!r}"
-    near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
-    hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
-    return f"{key}: no such setting (got {value!r}){hint}"
-
-
-def _construct(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    arguments = {}
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        key = f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(hints[item.name]):
-            arguments[item.name] = _construct(hints[item.name], values, f"{key}.")
-        elif key in values:
-            arguments[item.name] = values[key]
-    return cls(**arguments)
 
 
 def _check_together(config: SimulationConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ferret_ext.federated.config import ConfigError
+from ferret_ext.federated.settings import ConfigError
 
 TINY_LLAMA = "builtin:tiny-llama"
 DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError)  # what broken weight files raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ferret_ext.federated.config import Setting, flatten
+from ferret_ext.federated.settings import Setting, flatten
 
 REFERENCE_CODE = "ferret-reference-code"
 Settings = Mapping[str, Any]

@@ -18,12 +18,13 @@ import torch
 
 from ferret_ext import __version__, cpu_capability
 from ferret_ext.federated import adapters
-from ferret_ext.federated.config import EVALUATION_SETTINGS, ConfigError, SimulationConfig
+from ferret_ext.federated.config import EVALUATION_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.plot import save_plot
 from ferret_ext.federated.plot_partition import save_partition_plot
+from ferret_ext.federated.settings import ConfigError
 
 
 class ResultFolder:

@@ -15,8 +15,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ferret_ext.federated.config import ConfigError
 from ferret_ext.federated.data.errors import DataError
+from ferret_ext.federated.settings import ConfigError
 
 Score = Callable[[str, str], float]  # output, reference -> 0 .. 1
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 import ferret_ext
 from ferret_ext.checks import KINDS
 from ferret_ext.federated.client import DivergedError, LocalFailure, endless_batches
-from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
+from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.ops import VARIANCE, Basis
 
 Term = tuple[int, float]  # seed of a direction z, and what z is multiplied by

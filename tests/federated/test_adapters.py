@@ -15,11 +15,12 @@ from toy import examples, tiny_model
 from ferret_ext.federated import adapters, algorithms, models, wire
 from ferret_ext.federated.algorithms.base import LocalData
 from ferret_ext.federated.client import LocalTrainer, steps
-from ferret_ext.federated.config import AdapterConfig, ConfigError, SimulationConfig, TrainingConfig
+from ferret_ext.federated.config import AdapterConfig, SimulationConfig, TrainingConfig
 from ferret_ext.federated.data.tokens import IGNORED, collate
 from ferret_ext.federated.metrics import evaluation_loss
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.settings import ConfigError
 
 peft = pytest.importorskip("peft", reason="adapters need PEFT")
 

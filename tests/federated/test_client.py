@@ -22,9 +22,10 @@ from ferret_ext.federated.client import (
     endless_batches,
     steps,
 )
-from ferret_ext.federated.config import ConfigError, TrainingConfig
+from ferret_ext.federated.config import TrainingConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.metrics import evaluation_loss
+from ferret_ext.federated.settings import ConfigError
 
 
 def trained(model: Any, **settings: Any) -> tuple[Any, float]:

@@ -12,8 +12,9 @@ from conftest import SMALL, read_metrics
 
 from ferret_ext.federated import compare, presets
 from ferret_ext.federated.cli import main
-from ferret_ext.federated.config import ConfigError, build
+from ferret_ext.federated.config import build
 from ferret_ext.federated.presets import PRESETS
+from ferret_ext.federated.settings import ConfigError
 
 VARIANTS = ["fedavg", "ferret", "ferret-reference-code"]
 

@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated.config import (
-    ConfigError,
-    SimulationConfig,
-    build,
-    read_override,
-    read_yaml,
-)
+from ferret_ext.federated import settings
+from ferret_ext.federated.config import SimulationConfig, build
 from ferret_ext.federated.presets import PRESETS, settings_of
+from ferret_ext.federated.settings import ConfigError, read_override, read_yaml
 
 NEEDED = [("model", "m"), ("data", "d"), ("out", "o")]
 
@@ -139,4 +135,4 @@ def test_every_setting_has_a_help_text_and_a_default_in_its_range() -> None:
     for leaf in configuration.leaves():
         assert leaf.help
         if leaf.default != "":
-            assert configuration._convert(leaf, leaf.default) == leaf.default
+            assert settings._convert(leaf, leaf.default) == leaf.default

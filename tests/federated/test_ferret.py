@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import ferret_ext
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
-from ferret_ext.federated.config import ConfigError, FerretConfig
+from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import WireError
 
 STEP = 0.4

@@ -16,8 +16,9 @@ import ferret_ext
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms import ferret_reference
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference, chosen_seeds, subset_sizes
-from ferret_ext.federated.config import ConfigError, FerretConfig
+from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import WireError
 
 POOL, K, ROUNDS = 77, 24, 4

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ferret_ext.federated import models
-from ferret_ext.federated.config import ConfigError
+from ferret_ext.federated.settings import ConfigError
 
 CPU = torch.device("cpu")
 

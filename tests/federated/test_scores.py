@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ferret_ext.federated import scores
-from ferret_ext.federated.config import ConfigError, ScoreName
+from ferret_ext.federated.config import ScoreName
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.scores import Score, gsm8k_answer, gsm8k_exact_match
+from ferret_ext.federated.settings import ConfigError
 
 ROUGE = ("rouge-l", "rougeL", "rougeL-stem")
 

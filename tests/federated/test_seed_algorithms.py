@@ -19,10 +19,11 @@ from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
 from ferret_ext.federated.client import endless_batches
-from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
+from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.seeds import derive, derive_many
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
 from ferret_ext.federated.zeroth_order import ZerothOrderTrainer, direction_seeds
 

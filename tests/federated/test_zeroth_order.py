@@ -13,7 +13,8 @@ from torch import nn
 from toy import examples, tiny_model
 
 from ferret_ext.federated.client import DivergedError, endless_batches
-from ferret_ext.federated.config import ConfigError, ZerothOrderConfig, build
+from ferret_ext.federated.config import ZerothOrderConfig, build
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.zeroth_order import (
     PUBLISHED,
     InPlace,

@@ -32,9 +32,10 @@ from ferret_ext.federated.algorithms.base import (
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
-from ferret_ext.federated.config import ConfigError, FerretConfig
+from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message
 from ferret_ext.ops import VARIANCE
 

@@ -8,7 +8,7 @@ from typing import Any
 import ferret_ext
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Replica
-from ferret_ext.federated.config import ConfigError
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.plan import Allocation, Granularity
 
 

@@ -23,9 +23,10 @@ import torch
 
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values, shares
-from ferret_ext.federated.config import ConfigError, ZerothOrderConfig
+from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Array, Message, WireError
 from ferret_ext.federated.zeroth_order import (
     InPlace,
