@@ -31,7 +31,11 @@ def simulate(*arguments: str) -> int:
 def test_run_folder_holds_config_metrics_plot_and_model(small_run: Path) -> None:
     names = {path.name for path in small_run.iterdir()}
     partition = {f"partition.{suffix}" for suffix in ("json", "png", "svg")}
-    assert names == {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "model"} | partition
+    files = {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "run.json", "model"}
+    assert names == files | partition
+    about = json.loads((small_run / "run.json").read_text())
+    assert about["peak_memory_bytes"] > 50e6
+    assert {"torch", "threads", "processor"} <= about["environment"].keys()
     assert (small_run / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((small_run / "config.yaml").read_text())["ferret"]["K"] == 64
 
