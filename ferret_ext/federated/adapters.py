@@ -50,7 +50,7 @@ def attach(model: Any, config: AdapterConfig, seed: int) -> Any:
     except ImportError:
         raise ConfigError(
             f"adapter.type: expected PEFT to be installed for {config.type}, got none; "
-            "pip install ferret-ext[peft]"
+            "in the source tree, pip install '.[peft]'"
         ) from None
     task = peft.TaskType.CAUSAL_LM
     if config.type == "lora":
@@ -87,7 +87,9 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         if not config.base_model_name_or_path:
             base = folder / "base"
             model.get_base_model().save_pretrained(base)
-            config.base_model_name_or_path = str(base.absolute())
+            config.base_model_name_or_path = str(base)
+        if Path(config.base_model_name_or_path).is_dir():  # found from any working directory
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
     elif config is not None:
         model = model.merge_and_unload()
     model.save_pretrained(folder)

@@ -94,7 +94,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "--target-loss", type=float, help="loss that rounds are counted to; by default half way to the best"
     )
     shared = [leaf for leaf in configuration.leaves() if leaf.key not in ("algorithm", "seed")]
-    _add_settings(parser, shared, may_overwrite=False)
+    _add_settings(parser, shared)
     return parser
 
 
@@ -103,7 +103,9 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(name) for name in _names(text)]
+    if not (numbers := [int(name) for name in _names(text)]):
+        raise ValueError
+    return numbers
 
 
 def eval_parser() -> argparse.ArgumentParser:
@@ -135,16 +137,13 @@ def _parser(command: str, description: str, examples: str) -> argparse.ArgumentP
     )
 
 
-def _add_settings(
-    parser: argparse.ArgumentParser, leaves: Sequence[Leaf], may_overwrite: bool = True
-) -> None:
+def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
     """A flag for every setting; `key=value` says the same and wins over a flag."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file of settings, e.g. a run's config.yaml"
     )
-    if may_overwrite:
-        parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. rounds=5 ferret.K=4096"
     )
@@ -213,18 +212,24 @@ def run_comparison(options: argparse.Namespace) -> int:
     runs = compare.plan(settings_of, variants, options.seeds, out)
     console = _console()
     say = Lines(console).say
-    for number, run in enumerate(runs, start=1):
+    done = [run.finished(options.overwrite) for run in runs]
+    failed = {}
+    for number, (run, before) in enumerate(zip(runs, done, strict=True), start=1):
         name = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
-        say(f"{name}: finished before" if run.finished else name)
-        if not run.finished:
-            compare.carry_out(run)
-    results = [compare.read_run(run) for run in runs]
+        say(f"{name}: finished before" if before else name)
+        if not before and (reason := compare.carry_out(run)):
+            failed[run.variant, run.seed] = reason
+    results = [compare.read_run(run) for run in runs if (run.variant, run.seed) not in failed]
+    for (variant, seed), reason in failed.items():
+        say(f"left out: {variant}, seed {seed}: the run failed; {reason}")
+    if not results:
+        raise ConfigError("variants: expected at least one run that ends well, got none")
     target = compare.default_target(results) if options.target_loss is None else options.target_loss
     rows = compare.tabulate(results, target)
     compare.write(results, rows, target, out)
     show_comparison(console, compare.table(rows, target))
     say(f"results: {out}")
-    return 0
+    return REFUSED if failed else 0
 
 
 def run_evaluation(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.plot_comparison import save_comparison_plot
-from ferret_ext.federated.settings import ConfigError, Setting, read_yaml
+from ferret_ext.federated.settings import ConfigError, Setting, flatten, read_yaml
 
 COMPARISON = "comparison.json"
 
@@ -36,16 +37,22 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.out)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the folder holds the whole of a run with this very config."""
-        saved = self.folder / "config.yaml"
-        if not (self.folder / "run.json").exists() or not saved.exists():
+    def finished(self, overwrite: bool) -> bool:
+        """Whether the folder holds the whole of this run.
+
+        Raises ConfigError where it holds the whole of another one, unless that may be overwritten.
+        """
+        if not (self.folder / "run.json").exists():
             return False
-        try:
-            return configuration.build(read_yaml(saved)) == self.config
-        except ConfigError:
-            return False  # of another version
+        saved, wanted = dict(read_yaml(self.folder / "config.yaml")), dict(flatten(asdict(self.config)))
+        different = [key for key in wanted if saved.get(key) != _plain(wanted[key])]
+        if different and not overwrite:
+            key = different[0]
+            raise ConfigError(
+                f"out: {self.folder} holds a finished run with {key} {saved.get(key)!r}, expected "
+                f"{_plain(wanted[key])!r}; choose another folder, or --overwrite"
+            )
+        return not different
 
 
 def plan(
@@ -60,18 +67,26 @@ def plan(
     return runs
 
 
-def carry_out(run: Run) -> None:
-    """Simulates the run in a process of its own, whose lines go to our output. Raises ConfigError."""
+def _plain(value: Any) -> Any:
+    """The value as YAML gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def carry_out(run: Run) -> str:
+    """Simulates the run in a process of its own, whose lines go to our output; why it failed, else ""."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     wanted = run.folder.with_suffix(".yaml")
     run.config.save(wanted)
     ferret = [sys.executable, "-m", "ferret_ext.federated"]
     status = subprocess.run([*ferret, "simulate", "--config", str(wanted), "--overwrite"]).returncode
-    if status == 130 or status < 0:
+    if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    if status != 0:
-        raise ConfigError(f"{run.variant}, seed {run.seed}: the run failed; its error stands above")
     wanted.unlink()
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}" + (
+            ", perhaps for want of memory" if status == -signal.SIGKILL else ""
+        )
+    return "its error stands above" if status else ""
 
 
 def read_run(run: Run) -> dict[str, Any]:

@@ -115,7 +115,12 @@ def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
     source = str(folder) if folder.is_dir() else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        if (folder / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -136,5 +141,6 @@ def _check(name: str, model: Any, tokenizer: Any) -> None:
         raise ConfigError(
             f"model {name}: expected a tokenizer of at most {rows} tokens, got {len(tokenizer)}"
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    is_adapter = hasattr(model, "peft_config")  # PEFT opens prompts for evaluation only
+    if not is_adapter and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model {name}: expected trainable parameters, got none")

@@ -30,7 +30,7 @@ def choice_of(variant: str) -> list[Setting]:
     """The settings that make a run one of this variant."""
     if variant == REFERENCE_CODE:
         return [("algorithm", "ferret"), ("ferret.mode", "reference-code")]
-    return [("algorithm", variant)]
+    return [("algorithm", variant), *([("ferret.mode", "paper")] if variant == "ferret" else [])]
 
 
 def variant_of(settings: Iterable[Setting], default: str = "ferret") -> str:
@@ -91,12 +91,14 @@ def _paper(
 ) -> dict[str, Any]:
     """ferret, fedavg: local and server learning rate; adapter_rate: of Adam. epochs: of all but Ferret.
 
-    The authors' code rebuilds a third of an update in expectation, so for equal steps the paper's mode takes
-    a third of its server learning rate.
+    Ferret's published experiments are those of its authors' code. Its paper's mode has the same local steps
+    here; the rest is ours: the server's step is a sixth, because that code rebuilds a third of an update in
+    expectation and lets its step fall to 0. In that code K counts for each block, in the paper for all.
     """
     rate, server = ferret
     local = {"num_train_epochs": epochs} if epochs else {}
-    adapters = {"training": {**local, "learning_rate": adapter_rate, "gradient_accumulation_steps": 1}}
+    adapters = {"training": {**local, "learning_rate": adapter_rate}}
+    seeds = {"zeroth_order": {"snapshot": "disk"}}  # the rest is published, and the default
     return {
         "model": model,
         "rounds": rounds,
@@ -104,21 +106,22 @@ def _paper(
         "dtype": "float16",
         "dataset": {"protocol": protocol, "max_length": 1024},
         "training": {"max_steps": 10, "gradient_accumulation_steps": 4},
-        "evaluation": {"scores": ["rouge-l"], "max_new_tokens": 128},
+        "evaluation": {"scores": ["rouge-l"], "max_samples": None, "max_new_tokens": 128},
         **more,
         "variants": {
-            "fedptuning": {**adapters, "dtype": "float32"},  # Adam's moments underflow in float16
-            "fedprompt": {**adapters, "dtype": "float32"},
+            "fedptuning": adapters,
+            "fedprompt": adapters,
             "fedit-sgd": adapters,
-            "fedit": {**adapters, "dtype": "float32"},
-            "fedzo": {},  # zeroth_order has their published numbers as defaults
-            "fedkseed": {},
-            "fedkseed-pro": {},
+            "fedit": adapters,
+            "fedzo": seeds,
+            "fedkseed": seeds,
+            "fedkseed-pro": seeds,
             "fedavg": {"server_learning_rate": fedavg[1], "training": {**local, "learning_rate": fedavg[0]}},
             "ferret": {
                 "rounds": ferret_rounds,
-                "server_learning_rate": server / 3,
+                "server_learning_rate": server / 6,
                 "training": {"learning_rate": rate},
+                "ferret": {"allocation": "norm", "granularity": "packed"},
             },
             REFERENCE_CODE: {
                 "rounds": ferret_rounds,
@@ -200,7 +203,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         )
         for size in ("1.3b", "3b")
     },
-    **{  # the adapters' learning rate is ours for these two
+    **{  # the adapters' learning rate and number of steps are ours for these two
         f"paper/gsm8k-{size}": _paper(
             _MODELS[size],
             "gsm8k",

@@ -53,7 +53,7 @@ def run_rounds(
         try:
             evaluation = evaluate(round_, server.replica.model, watch)
         except DivergedError as error:
-            cause = "lower training.learning_rate" if round_ else "the model is broken before any training"
+            cause = "lower the learning rates" if round_ else "the model is broken before any training"
             raise DivergedError(f"round {round_}: {error}; {cause}") from None
         metrics = _metrics(round_, clients, replies, evaluation, watch, model_bytes)
         watcher.round_ends(metrics, evaluation.samples)

@@ -97,7 +97,7 @@ def _package(module: str, score: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"evaluation.scores: {score}: expected the package {module.partition('.')[0]}, got: {error}; "
-            "pip install 'ferret-ext[scores]'"
+            "in the source tree, pip install '.[scores]'"
         ) from None
 
 

@@ -31,4 +31,5 @@ def evaluate(config: SimulationConfig, speaker: Speaker) -> Evaluation:
 
 def whole_file(data: str) -> list[Setting]:
     """Has a single file, which is one split, evaluated whole; a run would hold a tenth of it out."""
-    return [("dataset.eval_split", "train")] if Path(data).expanduser().is_file() else []
+    whole: list[Setting] = [("dataset.eval_split", "train"), ("evaluation.max_samples", None)]
+    return whole if Path(data).expanduser().is_file() else []

@@ -179,6 +179,14 @@ def test_codealpaca_takes_the_language_from_input_and_drops_assembly(tmp_path: P
     assert splits.test is None
 
 
+def test_codealpaca_chooses_from_a_test_split_too(tmp_path: Path) -> None:
+    write_json(tmp_path / "train.json", [code("Python"), code("C++")])
+    write_json(tmp_path / "test.json", [code("X86-64 Assembly"), code("Python"), code("")])
+    splits = read("codealpaca", tmp_path)
+    assert [record["language"] for record in splits.test or []] == ["Python"]
+    assert splits.dropped["evaluation"].counts.total() == 2
+
+
 def test_codealpaca_takes_the_language_from_a_labels_file(tmp_path: Path) -> None:
     """The layout of the 20k file, whose input is data and mostly empty."""
     data = write_json(tmp_path / "code.json", [code(""), code("1 2"), code(""), code("3")])

@@ -212,7 +212,7 @@ def test_missing_peft_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install ferret-ext\[peft\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[peft\]'"):
         adapters.attach(tiny_model(), AdapterConfig(type="lora"), 0)
     model = tiny_model()
     assert adapters.attach(model, AdapterConfig(type="none"), 0) is model

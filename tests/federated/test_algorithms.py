@@ -31,7 +31,9 @@ def test_create_knows_every_algorithm_of_the_setting(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
-def test_algorithm_lowers_the_loss_in_two_rounds(tmp_path: Path, name: str) -> None:
+def test_algorithm_lowers_the_loss_in_two_rounds(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if name != "fedavg":
         pytest.importorskip("peft", reason="adapters need PEFT")
     rows = simulate(tmp_path, f"algorithm={name}", "training.optim=auto", "server_learning_rate=1")
@@ -41,6 +43,12 @@ def test_algorithm_lowers_the_loss_in_two_rounds(tmp_path: Path, name: str) -> N
     assert (max(up) > rows[1]["model_bytes"]) == (name == "fedavg")
     assert rows[1]["model_bytes"] == 4 * 107_520
     assert (tmp_path / "model" / "adapter_config.json").exists() == (name in ("fedprompt", "fedptuning"))
+    capsys.readouterr()
+    config = ["--config", str(tmp_path / "config.yaml")]
+    assert main(["eval", str(tmp_path / "model"), "builtin:gsm8k", *config]) == 0
+    merged = name in ("fedit", "fedit-sgd")  # rounds the weights once more
+    shown = float(capsys.readouterr().out.partition("evaluation loss ")[2].split()[0])
+    assert shown == pytest.approx(rows[2]["eval_loss"], abs=1e-3 if merged else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["fedzo", "fedkseed", "feedsign"])

@@ -88,6 +88,30 @@ def test_finished_runs_stay_and_the_others_are_made_again(
     assert (comparison / "fedavg" / "seed-4" / "run.json").exists()
 
 
+def test_a_run_that_fails_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Adam is refused for float16 weights, which plain SGD is not."""
+    settings = ["rounds=1", "dtype=float16", "training.optim=auto", "training.learning_rate=1e-4"]
+    half = ["--variants", "fedit,ferret", "--out", str(tmp_path / "out"), *settings, "adapter.type=none"]
+    assert main(["compare", *SMALL, *half]) == 2
+    shown = capfd.readouterr()
+    assert "ferret simulate: error: adapter.type: expected lora" in shown.err
+    assert "left out: fedit, seed 0: the run failed; its error stands above" in shown.out
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [row["variant"] for row in content["rows"]] == ["ferret"]
+
+
+def test_finished_runs_of_other_settings_are_not_lost(
+    comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (comparison / "ferret" / "seed-4" / "metrics.jsonl").read_text()
+    assert run_compare(comparison, "rounds=2", "ferret.K=65") == 2
+    error = capsys.readouterr().err
+    assert (
+        "holds a finished run with ferret.K 64, expected 65; choose another folder, or --overwrite" in error
+    )
+    assert (comparison / "ferret" / "seed-4" / "metrics.jsonl").read_text() == before
+
+
 def rounds(*losses: float) -> list[dict[str, Any]]:
     names = ("local", "project", "rebuild", "server")
     return [
@@ -141,6 +165,12 @@ def test_presets_fit_every_variant(name: str, variant: str) -> None:
     config = build([("model", "m"), ("data", "d"), ("out", "o"), *settings])
     assert presets.variant_of(settings) == variant
     assert config.algorithm in (variant, "ferret")
+
+
+def test_variants_stay_apart_whatever_the_command_line_says() -> None:
+    own = [("ferret.mode", "reference-code")]
+    assert presets.variant_of([*own, *presets.choice_of("ferret")]) == "ferret"
+    assert presets.variant_of(own) == presets.REFERENCE_CODE
 
 
 def test_command_line_wins_over_a_variants_settings(tmp_path: Path) -> None:

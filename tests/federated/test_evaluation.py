@@ -23,6 +23,7 @@ from ferret_ext.federated.evaluation import Evaluator
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.models import byte_tokenizer, tiny_llama
 from ferret_ext.federated.scores import gsm8k_exact_match, load
+from ferret_ext.federated.standalone import whole_file
 
 FORM = Format("{q}", "{a}")
 EXACT = ["evaluation.scores=gsm8k-exact-match", "evaluation.max_new_tokens=8"]
@@ -181,6 +182,7 @@ def test_eval_takes_a_file_whole_or_as_a_run_did(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["eval", str(run / "model"), str(data), "dataset.max_length=160"]) == 0
     assert "over 40 records" in capsys.readouterr().out
+    assert ("evaluation.max_samples", None) in whole_file(str(data))
     assert main(["eval", str(run / "model"), str(data), "--config", str(run / "config.yaml")]) == 0
     loss = read_metrics(run)[-1]["eval_loss"]
     assert f"evaluation loss {loss:.4f} over 4 records" in capsys.readouterr().out

@@ -35,6 +35,18 @@ def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     return makers[config.algorithm]()
 
 
+def notes(config: SimulationConfig) -> list[str]:
+    """What the log says of the settings that an algorithm takes or leaves."""
+    if config.algorithm not in PUBLISHED:
+        return []
+    chosen = with_published(config.zeroth_order, config.algorithm)
+    return [
+        f"{config.algorithm}: {chosen.steps} steps a round, {chosen.perturbations} directions a step, "
+        f"learning rate {chosen.learning_rate:g}, eps {chosen.eps:g} (zeroth_order.*); of training.* nothing "
+        "but per_device_train_batch_size counts"
+    ]
+
+
 def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
     if config.ferret.mode == "paper":
         return Ferret(config.ferret, config.server_learning_rate, train)

@@ -82,16 +82,25 @@ def codealpaca(dataset: DatasetConfig, source: str, seed: int = 0) -> Splits:
     named = any("language" in record for record in splits.train)
     if not named:
         _check_languages(splits.train, source)
-    tally, train = Tally(), []
-    for record in splits.train:
+    train, dropped = _of_languages(splits.train, named)
+    if splits.test is None:
+        return Splits(train, None, {"training": dropped})
+    test, dropped_too = _of_languages(splits.test, named)
+    return Splits(train, test, {"training": dropped, "evaluation": dropped_too})
+
+
+def _of_languages(records: list[Record], named: bool) -> tuple[list[Record], Tally]:
+    """The records with their language as a column, and what was dropped."""
+    tally, kept = Tally(), []
+    for record in records:
         language = str(record.get("language" if named else "input") or "").strip()
         if language.lower() in ("", "unknown"):
             tally.add("without a language", record.place)
         elif language.lower() == EXCLUDED_LANGUAGE.lower():
             tally.add(f"in {EXCLUDED_LANGUAGE}")
         else:
-            train.append(record.having({"language": language}))
-    return Splits(train, splits.test, {"training": tally})
+            kept.append(record.having({"language": language}))
+    return kept, tally
 
 
 def _check_languages(records: list[Record], source: str) -> None:

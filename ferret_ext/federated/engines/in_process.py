@@ -110,7 +110,7 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         clients = InProcessClients(algorithm, copy.deepcopy(model), data.shards, weights, config.seed)
         everybody = range(len(data.shards))
         server = Server(algorithm, model, everybody, config.client_fraction, config.seed)
-        for line in (_describe(server), *algorithm.notes(server.replica)):
+        for line in (_describe(server), *algorithms.notes(config), *algorithm.notes(server.replica)):
             narrator.say(line)
         history = run_rounds(
             config.rounds,
