@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REFUSED = 2
 INTERRUPTED = 130
-PLAIN_WIDTH = 100  # of the table where the output is no terminal
+PLAIN_WIDTH, COMPARISON_WIDTH = 100, 160  # of tables where the output is no terminal
 
 SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
@@ -210,7 +210,7 @@ def run_comparison(options: argparse.Namespace) -> int:
 
     out = Path(configuration.build(settings_of(variants[0])).out).expanduser()
     runs = compare.plan(settings_of, variants, options.seeds, out)
-    console = _console()
+    console = _console(COMPARISON_WIDTH)
     say = Lines(console).say
     done = [run.finished(options.overwrite) for run in runs]
     failed = {}
@@ -250,7 +250,7 @@ def run_evaluation(options: argparse.Namespace) -> int:
     return 0
 
 
-def _console() -> Console:
+def _console(plain_width: int = PLAIN_WIDTH) -> Console:
     """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
     import transformers
     from rich.console import Console
@@ -259,7 +259,7 @@ def _console() -> Console:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console()
     if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+        console.width = plain_width
     return console
 
 

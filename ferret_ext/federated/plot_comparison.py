@@ -45,7 +45,7 @@ def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 3, sharey=True)
         for panel, (label, along, logarithmic) in zip(panels, AXES, strict=True):
-            _draw(panel, runs, along)
+            _draw(panel, runs, along, first=1 if logarithmic else 0)
             panel.set(xlabel=label)
             if logarithmic:
                 panel.set_xscale("log")
@@ -57,12 +57,14 @@ def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         figure.savefig(folder / "comparison.svg", metadata={"Date": None})
 
 
-def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along) -> None:
-    """A line a variant, the mean over its seeds, in a band from the least to the largest loss."""
+def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along, first: int) -> None:
+    """A line a variant from round `first` on, the mean over its seeds, in a band of the least and largest."""
     for index, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
         own = [run["rounds"] for run in runs if run["variant"] == variant]
-        losses = list(zip(*([round_["eval_loss"] for round_ in rounds] for rounds in own), strict=True))
-        places = [list(accumulate(map(along, rounds))) for rounds in own]
+        losses = list(
+            zip(*([round_["eval_loss"] for round_ in rounds[first:]] for rounds in own), strict=True)
+        )
+        places = [list(accumulate(map(along, rounds)))[first:] for rounds in own]
         x = [sum(at) / len(at) for at in zip(*places, strict=True)]
         colour = COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
