@@ -136,6 +136,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, mo
     for loaded in [*sys.modules, module, f"{module}.rouge_scorer"]:
         if loaded.partition(".")[0] == module:
             monkeypatch.setitem(sys.modules, loaded, None)
-    with pytest.raises(ConfigError, match=rf"{name}: expected the package {module}, .*pip install 'ferret"):
+    message = rf"{name}: expected the package {module}, .*pip install '\.\[scores\]'"
+    with pytest.raises(ConfigError, match=message):
         scores.load([name])
     assert scores.load(["gsm8k-exact-match"])
