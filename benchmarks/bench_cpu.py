@@ -222,15 +222,15 @@ def paths(bench: Bench) -> None:
     tensors = {bench.settings.numel: bench.settings.columns}
     if 8 * bench.settings.memory_numel < memory_available():
         tensors[bench.settings.memory_numel] = bench.settings.memory_columns
-    for numel, columns in tensors.items():
-        x = filled(numel)
-        for K in columns:
-            case = project_case(x, K)
-            cases = [
-                replace(case, what=f"project, {isa}", call=partial(on_path, isa, case.call))
-                for isa in (used, *vector)
-            ]
-            bench.compare("paths", cases, bench.threads[:1], to=used)
+    cases = [project_case(x, K) for x in map(filled, tensors) for K in tensors[x.numel()]]
+    x = filled(bench.settings.basis_numel)
+    cases += [project_case(x, K, "uniform") for K in bench.settings.few_columns]
+    for case in cases:
+        by_path = [
+            replace(case, what=f"project, {isa}", call=partial(on_path, isa, case.call))
+            for isa in (used, *vector)
+        ]
+        bench.compare("paths", by_path, bench.threads[:1], to=used)
     ferret_ext.set_cpu_isa(used)
 
 

@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ferret": {"K": 4096, "granularity": "packed"},
         "evaluation": {"max_samples": 150, "per_device_eval_batch_size": 16},
     },
-    # The paper's three clients. A short prompt, because the Alpaca one takes a quarter of 512 positions.
+    # The paper's three clients. A short prompt, because the Alpaca one takes 95 of 512 positions.
     "small/gsm8k": {
         **_SMALL,
         "num_clients": 3,
