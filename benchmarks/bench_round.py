@@ -20,8 +20,10 @@ import torch
 from timer import Timing, write
 
 import ferret_ext
+from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import LocalData, Replica
 from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.metrics import Stopwatch
@@ -87,7 +89,9 @@ def play_round(model: Any, K: int, clients: int, length: int) -> dict[str, Any]:
         watches.append(watch)
     changed = share_changed(replica)
 
-    broadcast = ferret.aggregate(replica, messages)
+    replica.rewind()
+    updates = Updates([wire.decode(message) for message in messages], messages, [1.0] * clients)
+    broadcast = ferret.server_apply(replica, updates)
     rebuilds = []
     for _ in range(1 + REBUILDS):
         replica.rewind()

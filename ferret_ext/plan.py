@@ -138,9 +138,11 @@ class BlockPlan:
         norms: ||delta_l|| of each block for the last three, e.g. from `block_norms`; all zero means "equal".
         Raises ValueError if K is below the number of blocks, or a norm is missing, negative or not finite.
         """
-        counts = _allocate(
-            [block.numel for block in self.blocks], self.K if K is None else K, allocation, norms
-        )
+        numels = [block.numel for block in self.blocks]
+        return self.with_counts(_allocate(numels, self.K if K is None else K, allocation, norms))
+
+    def with_counts(self, counts: Sequence[int]) -> BlockPlan:
+        """The same blocks with these K_l >= 1, one a block; ValueError for others."""
         blocks = (
             Block(block.name, block.offset, block.numel, k)
             for block, k in zip(self.blocks, counts, strict=True)

@@ -28,6 +28,7 @@ SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
   ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
+  ferret simulate --out runs/gsm8k --resume
 """
 EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
@@ -61,10 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[chosen.command]
     options = command.parser().parse_intermixed_args(chosen.arguments)
     from ferret_ext.federated.client import DivergedError  # brings torch, which --help can do without
+    from ferret_ext.federated.errors import RunError
 
     try:
         return command.run(options)
-    except (ConfigError, DataError, DivergedError) as error:
+    except (ConfigError, DataError, DivergedError, RunError) as error:
         print(f"ferret {chosen.command}: error: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
@@ -73,7 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def simulate_parser() -> argparse.ArgumentParser:
-    parser = _parser("simulate", "Rounds of federated Ferret in this process.", SIMULATE_EXAMPLES)
+    parser = _parser(
+        "simulate",
+        "Federated rounds in this process. A run that was interrupted, or killed, goes on with --resume.",
+        SIMULATE_EXAMPLES,
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that --out has part of, to the same bits"
+    )
     _add_settings(parser, list(configuration.leaves()))
     return parser
 
@@ -178,20 +187,37 @@ def run_simulation(options: argparse.Namespace) -> int:
     from ferret_ext.federated.engines.in_process import simulate
     from ferret_ext.federated.report import RunFolder
 
-    config = configuration.build(read_settings(options))
-    folder = RunFolder(config, options.overwrite)
+    config = configuration.build(_with_saved(options, read_settings(options)))
+    folder = RunFolder(config, options.overwrite, options.resume)
     console = _console()
+    if options.resume and folder.finished:
+        console.print(f"finished before: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+        return 0
     try:
         with Narration(console, folder, config.rounds) as narration:
-            result = simulate(config, narration)
+            if folder.begun:
+                narration.say(f"going on with the run in {folder.path}")
+            result = simulate(config, narration, folder.open_journal)
     except KeyboardInterrupt:
         if folder.begun:
-            print(f"ferret simulate: {folder.metrics} holds the rounds so far", file=sys.stderr)
+            print(
+                f"ferret simulate: {folder.metrics} holds the rounds so far; --resume goes on from there",
+                file=sys.stderr,
+            )
         raise
     folder.finish(result.model, result.tokenizer, result.history)
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _with_saved(options: argparse.Namespace, settings: list[Setting]) -> list[Setting]:
+    """The settings, after those of the run that is resumed where only its folder is given."""
+    given = dict(settings)
+    saved = Path(str(given.get("out", ""))).expanduser() / "config.yaml"
+    if options.resume and not options.preset and given.keys() == {"out"} and saved.is_file():
+        return [*read_yaml(saved), *settings]
+    return settings
 
 
 def run_comparison(options: argparse.Namespace) -> int:

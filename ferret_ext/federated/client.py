@@ -17,6 +17,7 @@ from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.settings import ConfigError
 
 Batch = list[int]  # indices of examples
+OptimizerStates = dict[int, dict[int, dict[str, Any]]]  # by client, parameter and name
 
 
 class LocalFailure(RuntimeError):
@@ -37,7 +38,7 @@ class LocalTrainer:
 
     config: TrainingConfig
     pad_token_id: int
-    states: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
+    states: OptimizerStates = field(default_factory=dict, repr=False)
 
     def train(self, model: Any, examples: Sequence[Example], seed: int, client: int = 0) -> float:
         """The round's optimiser steps over the examples; the mean loss of all batches.
@@ -51,7 +52,7 @@ class LocalTrainer:
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(params, self.config)
         if client in self.states:
-            optimizer.load_state_dict(self.states.pop(client))
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self.states.pop(client)})
         _prepare(model, self.config)
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -63,7 +64,7 @@ class LocalTrainer:
         if not all(param.isfinite().all() for param in params):
             raise DivergedError(_DIVERGED)
         if self.config.keep_state:
-            self.states[client] = _on_cpu(optimizer.state_dict())
+            self.states[client] = _on_cpu(optimizer.state_dict()["state"])
         batches_done = sum(len(of_step) for of_step in losses)
         return math.fsum(loss for of_step in losses for loss in of_step) / batches_done
 
@@ -155,14 +156,10 @@ def _prepare(model: Any, config: TrainingConfig) -> None:
         model.compile()
 
 
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+def _on_cpu(state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """An optimiser's state on the CPU; a new optimiser moves it to its parameters' device again."""
 
     def moved(value: Any) -> Any:
         return value.cpu() if isinstance(value, torch.Tensor) else value
 
-    kept = {
-        index: {name: moved(value) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": kept}
+    return {index: {name: moved(value) for name, value in values.items()} for index, values in state.items()}

@@ -244,6 +244,39 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class RobustConfig:
+    """Which updates a round takes, and how it adds them up."""
+
+    rule: Literal["mean", "norm-clip", "median", "trimmed-mean"] = option(
+        "mean",
+        "mean: by the clients' weights; norm-clip: of updates scaled down to the round's median norm; "
+        "median, trimmed-mean: coordinate by coordinate, where clients share them, all clients alike",
+    )
+    clip_ratio: float = option(1.0, "norm-clip: the multiple of the median norm that is clipped to", above=0)
+    trim: float = option(
+        0.1, "trimmed-mean: share of the clients left out at either end", at_least=0, at_most=0.49
+    )
+    max_ratio: float = option(
+        1000.0, "updates are rejected whose norm or weight is more than this times the median's", at_least=1
+    )
+    quorum: int = option(1, "updates that a round must have taken in order to count", at_least=1)
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """What a run writes down so that it can go on after a crash."""
+
+    snapshot_every: int = option(
+        10, "rounds between snapshots of the weights, from which resuming is quicker; 0: none", at_least=0
+    )
+    keep_snapshots: int = option(2, "snapshots kept, the newest ones", at_least=1)
+    verify_weights: bool = option(
+        True,
+        "server and clients compare digests of their weights each round, and the run stops if they differ",
+    )
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """A federated run in one process."""
 
@@ -297,6 +330,8 @@ class SimulationConfig:
     ferret: FerretConfig = field(default_factory=FerretConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     zeroth_order: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
+    robust: RobustConfig = field(default_factory=RobustConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def save(self, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.evaluation import Evaluation, Sample, describe
-from ferret_ext.federated.metrics import RoundMetrics
+from ferret_ext.federated.metrics import Rejection, RoundMetrics
 from ferret_ext.federated.report import RunFolder
 
 
@@ -71,6 +71,9 @@ class Narration(Lines):
 
     def client_left_out(self, round_: int, client: int, reason: str) -> None:
         self.say(f"round {round_}: client {client} is left out: {reason}")
+
+    def update_rejected(self, round_: int, rejection: Rejection) -> None:
+        self.say(f"round {round_}: what client {rejection.client} sent is rejected: {rejection.reason}")
 
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
         self._folder.append(metrics, samples)

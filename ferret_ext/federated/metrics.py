@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,24 +16,76 @@ from ferret_ext.federated.data.tokens import IGNORED, Example, collate
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """Bytes that a round did not take, whose they were and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a round, before its model is evaluated; the fields have the meaning of `RoundMetrics`'.
+
+    accepted: whose updates count, in their order. updates: SHA-256 of each of these.
+    """
+
+    round: int
+    clients: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    updates: list[bytes] = field(default_factory=list)
+    train_loss: float | None = None
+    payload_bytes_up: int = 0
+    payload_bytes_down: int = 0
+    seconds_local: float = 0.0
+    seconds_project: float = 0.0
+    seconds_rebuild: float = 0.0
+    seconds_server: float = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds by their names, of which the ledger says nothing."""
+        return {name: value for name, value in vars(self).items() if name.startswith("seconds_")}
+
+    def with_evaluation(
+        self, loss: float, scores: Mapping[str, float], watch: Stopwatch, model_bytes: int
+    ) -> RoundMetrics:
+        """The round's metrics, once its model is evaluated."""
+        told = {name: value for name, value in vars(self).items() if name not in ("accepted", "updates")}
+        return RoundMetrics(
+            **told,
+            eval_loss=loss,
+            scores=dict(scores),
+            seconds_eval=watch["eval"],
+            seconds_generate=watch["generate"],
+            model_bytes=model_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundMetrics:
     """One line of metrics.jsonl. Round 0 is the model before any training; its bytes and seconds are 0.
 
-    clients: who was drawn. left_out: those of them whose training failed and who sent nothing.
-    eval_loss: see `evaluation_loss`. train_loss: mean over the other clients of their local training's mean
-    loss.
+    clients: who was drawn. left_out: those of them whose training failed and who sent nothing. rejected: what
+    others of them sent and the round did not take.
+    eval_loss: see `evaluation_loss`. train_loss: mean over the clients that count of their local training's
+    mean loss.
     payload_bytes_up, payload_bytes_down: lengths of the messages that the round's clients sent and received,
     all of them together. model_bytes: all trainable parameters of the model without adapters, what one
     client sends in one direction in full-parameter tuning without projection.
     seconds_local, seconds_project, seconds_rebuild: sums over the round's clients. Clients that share one
     process share one rebuilt model, so a broadcast is applied, and its time counted, once. seconds_server:
-    checking, relaying and applying the updates. seconds_eval: the evaluation loss. seconds_generate:
+    checking, relaying and applying the updates. Seconds before the evaluation are 0 where a crash took them.
+    seconds_eval: the evaluation loss. seconds_generate:
     generating and scoring text. scores: see `scores.SCORES`; empty where no text was generated.
     """
 
     round: int
     clients: list[int]
     left_out: list[int]
+    rejected: list[Rejection]
     eval_loss: float
     train_loss: float | None
     payload_bytes_up: int
@@ -46,6 +98,11 @@ class RoundMetrics:
     seconds_eval: float
     seconds_generate: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> RoundMetrics:
+        """The metrics in a line of metrics.jsonl; KeyError or TypeError if it has something else."""
+        return cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
 
 
 class Stopwatch:

@@ -56,8 +56,8 @@ _SMALL: dict[str, Any] = {
     "evaluation": {"max_samples": 100},
     "variants": {
         "fedptuning": {"training": {"learning_rate": 0.01}},
-        "fedprompt": {"training": {"learning_rate": 0.03}},
-        "fedit-sgd": {"training": {"learning_rate": 0.3}},
+        "fedprompt": {"training": {"learning_rate": 0.3}},
+        "fedit-sgd": {},
         "fedit": {"training": {"learning_rate": 0.01}},
         "fedzo": {"zeroth_order": _ZEROTH_ORDER},
         "fedkseed": {"zeroth_order": _ZEROTH_ORDER},
@@ -68,7 +68,7 @@ _SMALL: dict[str, Any] = {
         },
         "feedsign": {
             "training": _SCALAR_ROUNDS,
-            "zeroth_order": {**_ZEROTH_ORDER, "learning_rate": 1e-2, "perturbations": 10},
+            "zeroth_order": {**_ZEROTH_ORDER, "learning_rate": 3e-2, "perturbations": 10},
         },
         "fedavg": {},
         "ferret": {"server_learning_rate": 0.4, "ferret": {"K": 4096}},

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 from ferret_ext import __version__, cpu_capability
-from ferret_ext.federated import adapters
+from ferret_ext.federated import adapters, files, journal
+from ferret_ext.federated.client import OptimizerStates
 from ferret_ext.federated.config import EVALUATION_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.evaluation import Evaluation, Sample
+from ferret_ext.federated.journal import FolderJournal, Genesis
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.plot import save_plot
 from ferret_ext.federated.plot_partition import save_partition_plot
-from ferret_ext.federated.settings import ConfigError
+from ferret_ext.federated.settings import ConfigError, flatten, read_yaml
 
 
 class ResultFolder:
@@ -41,12 +43,12 @@ class ResultFolder:
         self.path = Path(config.out).expanduser()
         self.begun = False
         self._config = config
-        with self._writing():
+        with self.writing():
             self._check(overwrite)
 
     def begin(self) -> None:
         """Removes former results and makes the folder. Raises ConfigError."""
-        with self._writing():
+        with self.writing():
             for name in self.results:
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name, ignore_errors=True)
@@ -68,7 +70,8 @@ class ResultFolder:
             raise PermissionError(f"{nearest} is not writable")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Turns an OSError into a ConfigError that names the folder."""
         try:
             yield
         except OSError as error:
@@ -80,10 +83,12 @@ class ResultFolder:
 class RunFolder(ResultFolder):
     """The folder of one run: the config, the rounds' metrics and their plot, the partition, and model/.
 
-    Where text was generated, also samples.jsonl: a line for each sample of each such round.
+    Where text was generated, also samples.jsonl: a line for each sample of each such round. What is needed to
+    go on after a crash stands there too, see `journal`.
     """
 
     results = (
+        *journal.FILES,
         "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
@@ -97,14 +102,67 @@ class RunFolder(ResultFolder):
     )
     holdings: Holdings | None = None  # who holds what, written when the folder begins
 
+    def __init__(self, config: SimulationConfig, overwrite: bool = False, resume: bool = False) -> None:
+        """resume: a run that the folder has part of goes on, if it is this one; if there is none, it begins.
+
+        Raises ConfigError.
+        """
+        path = Path(config.out).expanduser()
+        self._measured: list[RoundMetrics] | None = None
+        resumed = resume and (path / journal.HEAD).exists()
+        super().__init__(config, overwrite or resumed or (resume and (path / "config.yaml").exists()))
+        if resumed:
+            self._check_config()
+            with self.writing():
+                self._measured = self._repair()
+            self.begun = True
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole of a run is there."""
+        return (self.path / "run.json").exists()
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def open_journal(self, genesis: Genesis, states: OptimizerStates) -> FolderJournal:
+        """The run's journal, which goes on after the rounds that are measured."""
+        return FolderJournal(self.path, genesis, self._config.ledger, states, self._measured)
+
+    def _check_config(self) -> None:
+        """Raises ConfigError unless the folder's run has the settings of this one."""
+        saved = dict(read_yaml(self.path / "config.yaml"))
+        wanted = dict(flatten(asdict(self._config)))
+        for key, value in wanted.items():
+            same = saved.get(key) == (list(value) if isinstance(value, tuple) else value)
+            if not same and key != "out":
+                raise ConfigError(
+                    f"{key}: expected {saved.get(key)!r}, as in the run that {str(self.path)!r} has part of, "
+                    f"got {value!r}; a run is resumed with its own settings (--config)"
+                )
+
+    def _repair(self) -> list[RoundMetrics]:
+        """The metrics of rounds 0, 1, .. as far as they are whole; what comes after them is removed."""
+        measured = []
+        for round_, row in enumerate(_rows(self.metrics)):
+            try:
+                measured.append(RoundMetrics.of_row(row))
+            except (TypeError, ValueError, KeyError):
+                break
+            if measured[-1].round != round_:
+                del measured[-1]
+                break
+        _rewrite(self.metrics, map(asdict, measured))
+        samples = self.path / "samples.jsonl"
+        if samples.exists():
+            _rewrite(samples, (row for row in _rows(samples) if row["round"] < len(measured)))
+        return measured
+
     def begin(self) -> None:
         """Also writes config.yaml and who holds what."""
         super().begin()
-        with self._writing():
+        with self.writing():
             self._config.save(self.path / "config.yaml")
             if self.holdings is not None:
                 self._write_partition(self.holdings)
@@ -118,10 +176,14 @@ class RunFolder(ResultFolder):
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
         """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
-        save_plot(history, self.path)
-        adapters.save(model, tokenizer, self.path / "model")
-        text = json.dumps({"peak_memory_bytes": peak_memory(), "environment": environment()}, indent=1)
-        (self.path / "run.json").write_text(text + "\n", "utf-8")  # last: what has it is finished
+        with self.writing():
+            save_plot(history, self.path)
+            adapters.save(model, tokenizer, self.path / "model")
+            about = {"peak_memory_bytes": peak_memory(), "environment": environment()}
+            text = json.dumps(about, indent=1) + "\n"
+            # last: what has it is finished
+            files.replace(self.path / "run.json", lambda path: path.write_text(text, "utf-8"))
+            (self.path / journal.PENDING).unlink(missing_ok=True)
 
     def _write_partition(self, holdings: Holdings) -> None:
         text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
@@ -176,8 +238,31 @@ def processor() -> str:
     )
 
 
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """A file's lines of JSON up to the first that is not whole."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or not line.endswith(b"\n"):
+            return
+        yield row
+
+
+def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = "".join(map(_line, rows))
+    files.replace(path, lambda beside: beside.write_text(lines, "utf-8"))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds a line of JSON for each row; without rows the file is left as it is."""
-    if lines := [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]:
+    if lines := [_line(row) for row in rows]:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, Protocol
 
+from ferret_ext.federated.admission import Sent
 from ferret_ext.federated.algorithms.base import Reply
+from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.client import DivergedError
 from ferret_ext.federated.evaluation import Evaluation, Sample
-from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
+from ferret_ext.federated.metrics import Outcome, Rejection, RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import NotFiniteError
 
@@ -23,7 +26,36 @@ class Watcher(Protocol):
 
     def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
 
+    def update_rejected(self, round_: int, rejection: Rejection) -> None: ...
+
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
+
+
+class Journal(Protocol):
+    """What a run writes down, so that it can be resumed.
+
+    measured: the metrics of the rounds that need no measuring any more.
+    """
+
+    measured: list[RoundMetrics]
+
+    def replay(self, server: Server[Any]) -> Iterator[Outcome]:
+        """Takes the server through the rounds that count; gives each that is not measured, as the newest."""
+
+    def commit(self, server: Server[Any], outcome: Outcome) -> None:
+        """Writes the round down; it counts once this returns."""
+
+
+class NoJournal:
+    """Writes nothing down."""
+
+    def __init__(self) -> None:
+        self.measured: list[RoundMetrics] = []
+
+    def replay(self, server: Server[Any]) -> Iterator[Outcome]:
+        yield Outcome(0)
+
+    def commit(self, server: Server[Any], outcome: Outcome) -> None: ...
 
 
 Exchange = Callable[[int, list[int], Server[Any]], list[Reply]]  # round, its clients, server -> their replies
@@ -37,69 +69,76 @@ def run_rounds(
     evaluate: Evaluate,
     watcher: Watcher,
     model_bytes: int,
+    journal: Journal | None = None,
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
-    A client whose training fails is left out of its round, whose mean is that of the others. Raises
-    DivergedError where that leaves none, or where the evaluation's numbers are no longer finite.
+    A client whose training fails is left out of its round, whose mean is that of the others; so is an update
+    that is rejected. A round counts once the journal has it. Raises RunError where no update can be taken, or
+    too few, and DivergedError where the numbers of the model or its evaluation are no longer finite.
 
     for r = 1 .. R:
         the server draws the round's clients
         each client: rebuilds w_{r-1} from what the server relays, trains T steps, sends its update
         the server: w_r = w_{r-1} - server_learning_rate * mean of the updates
     """
+    journal = journal or NoJournal()
+    history = list(journal.measured)
 
-    def measure(round_: int, clients: list[int], replies: list[Reply], watch: Stopwatch) -> RoundMetrics:
+    def measure(outcome: Outcome, watch: Stopwatch) -> None:
         try:
-            evaluation = evaluate(round_, server.replica.model, watch)
+            evaluation = evaluate(outcome.round, server.replica.model, watch)
         except DivergedError as error:
-            cause = "lower the learning rates" if round_ else "the model is broken before any training"
-            raise DivergedError(f"round {round_}: {error}; {cause}") from None
-        metrics = _metrics(round_, clients, replies, evaluation, watch, model_bytes)
-        watcher.round_ends(metrics, evaluation.samples)
-        return metrics
+            cause = "lower the learning rates" if outcome.round else "the model is broken before any training"
+            raise DivergedError(f"round {outcome.round}: {error}; {cause}") from None
+        history.append(outcome.with_evaluation(evaluation.loss, evaluation.scores, watch, model_bytes))
+        watcher.round_ends(history[-1], evaluation.samples)
 
-    history = [measure(0, [], [], Stopwatch())]
-    for round_ in range(1, rounds + 1):
+    for outcome in journal.replay(server):
+        measure(outcome, Stopwatch())
+    for round_ in range(server.replica.round + 1, rounds + 1):
         watch = Stopwatch()
         clients = server.choose(round_)
         watcher.round_begins(round_, clients)
         replies = exchange(round_, clients, server)
-        payloads = [reply.payload for reply in replies if not reply.failure]
-        if not payloads:
+        sent = [Sent(reply.client, reply.payload) for reply in replies if not reply.failure]
+        if not sent:
             raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
         try:
             with watch("server"):
-                server.apply(payloads)
+                updates, rejections = server.apply(clients, sent)
         except NotFiniteError as error:
             raise DivergedError(f"round {round_}: {error}; lower server_learning_rate") from None
-        history.append(measure(round_, clients, replies, watch))
+        for rejection in rejections:
+            watcher.update_rejected(round_, rejection)
+        outcome = _outcome(round_, clients, replies, updates, rejections, watch)
+        journal.commit(server, outcome)
+        measure(outcome, watch)
     return history
 
 
-def _metrics(
+def _outcome(
     round_: int,
     clients: list[int],
     replies: list[Reply],
-    evaluation: Evaluation,
+    updates: Updates,
+    rejections: list[Rejection],
     watch: Stopwatch,
-    model_bytes: int,
-) -> RoundMetrics:
-    losses = [reply.train_loss for reply in replies if not reply.failure]
-    return RoundMetrics(
+) -> Outcome:
+    accepted = [message.client for message in updates.messages]
+    losses = {reply.client: reply.train_loss for reply in replies}
+    return Outcome(
         round=round_,
         clients=clients,
         left_out=[reply.client for reply in replies if reply.failure],
-        eval_loss=evaluation.loss,
-        train_loss=fmean(losses) if losses else None,
+        rejected=rejections,
+        accepted=accepted,
+        updates=[hashlib.sha256(payload).digest() for payload in updates.received],
+        train_loss=fmean(losses[client] for client in accepted),
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
-        model_bytes=model_bytes,
         seconds_local=sum(reply.watch["local"] for reply in replies),
         seconds_project=sum(reply.watch["project"] for reply in replies),
         seconds_rebuild=sum(reply.watch["rebuild"] for reply in replies),
         seconds_server=watch["server"],
-        seconds_eval=watch["eval"],
-        seconds_generate=watch["generate"],
-        scores=evaluation.scores,
     )

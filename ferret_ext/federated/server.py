@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Generic
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ferret_ext.federated import digests, wire
+from ferret_ext.federated.admission import Admission, Sent
 from ferret_ext.federated.algorithms.base import Algorithm, R
+from ferret_ext.federated.algorithms.updates import Updates
+from ferret_ext.federated.config import RobustConfig
+from ferret_ext.federated.metrics import Rejection
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.wire import Message
 
 
 class Server(Generic[R]):
@@ -16,10 +24,24 @@ class Server(Generic[R]):
     superseded."""
 
     def __init__(
-        self, algorithm: Algorithm[R], model: Any, clients: Sequence[int], fraction: float, seed: int
+        self,
+        algorithm: Algorithm[R],
+        model: Any,
+        clients: Sequence[int],
+        fraction: float,
+        seed: int,
+        *,
+        run: bytes = wire.NO_DIGEST,
+        robust: RobustConfig | None = None,
+        verify_weights: bool = True,
     ) -> None:
+        """run: 8 bytes that name the run. robust, verify_weights: see the config. Raises ConfigError."""
         self.algorithm = algorithm
+        self.admission = Admission(algorithm, robust or RobustConfig())
         self.replica = algorithm.replicate(model)
+        self.replica.run = run
+        if verify_weights:
+            self.replica.weights = digests.together(digests.of_each(self.replica.params))
         self.broadcasts = [algorithm.open(self.replica)]
         algorithm.rebuild(self.replica, self.broadcasts[0])
         self._clients = clients
@@ -36,9 +58,45 @@ class Server(Generic[R]):
         """What a client that has received `seen` broadcasts is still to receive."""
         return [broadcast for broadcast in self.broadcasts[seen:] if broadcast]
 
-    def apply(self, updates: Sequence[bytes]) -> None:
-        """w_r from the round's messages."""
-        broadcast = self.algorithm.server_apply(self.replica, updates)
+    def apply(self, chosen: Collection[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
+        """w_r from what the round's clients sent: the updates that count, and what was rejected.
+
+        Raises DisagreementError, QuorumError and NotFiniteError; the model stays as it is.
+        """
+        updates, rejections = self.admission.screen(self.replica, chosen, sent)
+        self._keep(self.algorithm.server_apply(self.replica, updates))
+        return updates, rejections
+
+    def replay(self, broadcast: bytes) -> None:
+        """Goes through a round that counted before, by its broadcast."""
+        self.algorithm.rebuild(self.replica, broadcast)
+        self._recall(broadcast)
+
+    def restore(
+        self, weights: Sequence[Tensor], state: Message, broadcasts: Sequence[bytes], digest: bytes
+    ) -> None:
+        """Jumps to the round that weights and the replica's state are of, with rounds 1 .. r's broadcasts.
+
+        digest: of the weights, as `replica.weights` has it.
+        """
+        self.replica.resume(state)
+        with torch.no_grad():
+            for param, value in zip(self.replica.params, weights, strict=True):
+                param.copy_(value)
+        self.replica.weights = digest
+        for broadcast in broadcasts:
+            self.replica.round += 1
+            self._recall(broadcast)
+
+    def skip(self, rounds: int) -> None:
+        """Leaves out rounds that counted before, whose broadcasts nobody needs (see `self_contained`)."""
+        self.broadcasts += [b""] * rounds
+
+    def _recall(self, broadcast: bytes) -> None:
+        self.admission.remember(wire.decode(broadcast, copy=False))
+        self._keep(broadcast)
+
+    def _keep(self, broadcast: bytes) -> None:
         if self.algorithm.self_contained and self.replica.round > 1:
             self.broadcasts[-1] = b""  # nobody needs it any more, and it may be as large as the model
         self.broadcasts.append(broadcast)

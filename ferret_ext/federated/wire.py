@@ -1,10 +1,13 @@
 """What crosses between clients and server: one kind of message for all algorithms, checked to the last byte.
 
-An *update* goes from a client to the server, a *broadcast* from the server to the clients. Both say which
-algorithm, model or plan and round they belong to, and carry named values.
+An *update* goes from a client to the server, a *broadcast* from the server to the clients. A *dissent* goes
+from a client whose weights are not the server's, instead of an update. A *record* goes nowhere: it is an
+entry of the ledger. All say which run, algorithm, model or plan, weights and round they belong to, and carry
+named values; docs/wire.md lists them by algorithm.
 
     "FRET"  u8 version  u32 head length  head  payloads  u32 crc32          (little-endian)
-    head    msgpack [kind, algorithm, digest, round, client, weight, {name: value}], in its shortest form
+    head    msgpack [kind, algorithm, run, digest, weights, round, client, weight, {name: value}], in its
+            shortest form
 
 Integers, floats and text stand in the head. Arrays, bytes and lists of bytes stand behind it as payloads, one
 after the other without gaps, and in the head as extension types that say how long they are:
@@ -30,13 +33,15 @@ import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"FRET"
-VERSION = 2
+VERSION = 3
 DIGEST_BYTES = 8
+NO_DIGEST = bytes(DIGEST_BYTES)
 MAX_HEAD = 1 << 20  # bytes
+HEAD_FIELDS = 9
 MAX_NAME = 64  # characters of an algorithm's or a value's name
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: these are its bits, under a name
 
-Kind = Literal["update", "broadcast"]
+Kind = Literal["update", "broadcast", "dissent", "record"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES: tuple[np.dtype[Any], ...] = (
     *map(np.dtype, ("<f4", "<f2", "<f8")),
@@ -67,6 +72,9 @@ class Message:
 
     digest: 8 bytes that name the parameters or the block plan that the values are about.
     client, weight: whose update it is and how much it counts; a broadcast leaves them as they are.
+    run: 8 bytes that name the run.
+    weights: 8 bytes that name the global model's weights: those that the sender of an update or a dissent
+        holds, or that a broadcast leads to; zeros where nobody looks at them.
     values: whole numbers in [-2^63, 2^64), finite floats, text, bytes, lists of bytes, and arrays of the
         dtypes in DTYPES, whose floats are finite.
     """
@@ -78,6 +86,13 @@ class Message:
     client: int = 0
     weight: float = 1.0
     values: Mapping[str, Value] = field(default_factory=dict, repr=False)
+    run: bytes = NO_DIGEST
+    weights: bytes = NO_DIGEST
+
+    @property
+    def sender(self) -> str:
+        """Whose message it is, in words."""
+        return "broadcast" if self.kind == "broadcast" else f"client {self.client}'s {self.kind}"
 
     def value(self, name: str, kind: type[T]) -> T:
         """The value called `name`; WireError if there is none, or one of another type."""
@@ -95,8 +110,7 @@ class Message:
         return found
 
     def _unfit(self, name: str, expected: str, got: str) -> WireError:
-        sender = f"client {self.client}'s update" if self.kind == "update" else "broadcast"
-        return WireError(f"{self.algorithm}: {sender} must have {name} as {expected}, got {got}")
+        return WireError(f"{self.algorithm}: {self.sender} must have {name} as {expected}, got {got}")
 
 
 def encode(message: Message) -> bytes:
@@ -113,18 +127,31 @@ def encode(message: Message) -> bytes:
     return b"".join([*parts, _CRC.pack(crc)])
 
 
-def decode(data: bytes) -> Message:
-    """The message in exactly these bytes, its arrays copies of their own; WireError for anything else."""
+def check(message: Message) -> None:
+    """Raises WireError unless `encode` would take the message."""
+    _check_message(message)
+    for name, value in message.values.items():
+        _write(name, value, [])
+
+
+def decode(data: bytes, copy: bool = True) -> Message:
+    """The message in exactly these bytes; WireError for anything else.
+
+    Its arrays are copies of their own, or else views of the bytes, read-only and not aligned.
+    """
     view = memoryview(data)
     head, at = _read_head(view)
-    reader = _Reader(view[: len(view) - _CRC.size], at)
-    kind, algorithm, digest, round_, client, weight, described = head
+    reader = _Reader(view[: len(view) - _CRC.size], at, copy)
+    kind, algorithm, run, digest, weights, round_, client, weight, described = head
     _check(isinstance(described, dict), "values must be a map")
-    _check(isinstance(kind, int) and kind in range(len(KINDS)), f"kind must be 0 or 1, got {kind!r}")
+    _check(
+        isinstance(kind, int) and kind in range(len(KINDS)),
+        f"kind must be one of 0 .. {len(KINDS) - 1}, got {kind!r}",
+    )
     values = {name: _read(name, value, reader) for name, value in described.items()}
     left = len(reader.view) - reader.at
     _check(left == 0, f"message must end after its payloads, got {left} more bytes")
-    message = Message(algorithm, KINDS[kind], digest, round_, client, weight, values)
+    message = Message(algorithm, KINDS[kind], digest, round_, client, weight, values, run, weights)
     _check_message(message)
     canonical = _pack(message, described) == view[_PREFIX.size : at]
     _check(canonical, "head must be in its shortest form, without repeated names")
@@ -134,9 +161,10 @@ def decode(data: bytes) -> Message:
 class _Reader:
     """Hands out the payloads one after the other."""
 
-    def __init__(self, view: memoryview, at: int) -> None:
+    def __init__(self, view: memoryview, at: int, copy: bool) -> None:
         self.view = view
         self.at = at
+        self.copy = copy
 
     def take(self, name: str, size: int) -> memoryview:
         left = len(self.view) - self.at
@@ -147,9 +175,9 @@ class _Reader:
 
 def _pack(message: Message, values: Mapping[str, object]) -> bytes:
     kind = KINDS.index(message.kind)
-    fields = [kind, message.algorithm, message.digest, message.round, message.client, message.weight]
+    whose = [kind, message.algorithm, message.run, message.digest, message.weights]
     try:
-        packed: bytes = msgpack.packb([*fields, dict(values)])
+        packed: bytes = msgpack.packb([*whose, message.round, message.client, message.weight, dict(values)])
     except (ValueError, OverflowError) as error:  # integers of more than 64 bits, text that is no Unicode
         raise WireError(f"wire: a value does not fit its field: {error}") from None
     return packed
@@ -168,10 +196,12 @@ def _read_head(view: memoryview) -> tuple[list[Any], int]:
     _check(got == expected, f"checksum must be {expected:#010x}, got {got:#010x}")
     at = _PREFIX.size + size
     try:  # the only list is the head itself, so no other length is believed
-        head = msgpack.unpackb(view[_PREFIX.size : at], max_array_len=7)
+        head = msgpack.unpackb(view[_PREFIX.size : at], max_array_len=HEAD_FIELDS)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WireError(f"wire: head must be msgpack: {type(error).__name__} {error}") from None
-    _check(isinstance(head, list) and len(head) == 7, "head must be a list of 7 fields")
+    _check(
+        isinstance(head, list) and len(head) == HEAD_FIELDS, f"head must be a list of {HEAD_FIELDS} fields"
+    )
     return head, at
 
 
@@ -217,11 +247,11 @@ def _read_array(name: str, data: bytes, reader: _Reader) -> Array:
     _check(len(shape) <= 8 and max(shape, default=0) < 2**48, f"{name} must have a sane shape, got {shape}")
     payload = reader.take(name, math.prod(shape) * dtype.itemsize)
     try:
-        array: Array = np.frombuffer(payload, dtype).reshape(shape).copy()
+        array: Array = np.frombuffer(payload, dtype).reshape(shape)
     except ValueError as error:  # empty, but too large in its other dimensions
         raise WireError(f"wire: {name} must have a sane shape, got {shape}: {error}") from None
     _check_finite(name, array)
-    return array
+    return array.copy() if reader.copy else array
 
 
 def _lengths(numbers: Iterable[int]) -> bytes:
@@ -238,9 +268,9 @@ def _check_message(message: Message) -> None:
     """The fields' types and ranges; those of the values are looked at one by one."""
     _check_name("algorithm", message.algorithm)
     _check(message.kind in KINDS, f"kind must be one of {', '.join(KINDS)}, got {message.kind!r}")
-    digest = message.digest
-    right = isinstance(digest, bytes) and len(digest) == DIGEST_BYTES
-    _check(right, f"digest must be {DIGEST_BYTES} bytes, got {digest!r}")
+    for name, digest in (("run", message.run), ("digest", message.digest), ("weights", message.weights)):
+        right = isinstance(digest, bytes) and len(digest) == DIGEST_BYTES
+        _check(right, f"{name} must be {DIGEST_BYTES} bytes, got {digest!r:.80}")
     for name, value in (("round", message.round), ("client", message.client)):
         fits = type(value) is int and 0 <= value < 2**32
         _check(fits, f"{name} must be an integer in [0, 2^32), got {value!r}")

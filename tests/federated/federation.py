@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ferret_ext.federated.admission import Sent
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Reply
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.metrics import Rejection
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
@@ -59,8 +62,11 @@ class Federation:
     def round(self, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> list[bytes]:
         """Plays the next round; the clients' messages."""
         messages = [reply.payload for reply in self.replies(weights)]
-        self.server.apply(messages)
+        self.apply(messages)
         return messages
+
+    def apply(self, messages: Sequence[bytes]) -> list[Rejection]:
+        return deliver(self.server, messages)
 
     def catch_up(self) -> None:
         """Takes the client to the server's round."""
@@ -69,10 +75,29 @@ class Federation:
             self.algorithm.rebuild(self.client, broadcast)
 
 
-def federate(algorithm: Algorithm[Any], model: nn.Module | None = None) -> Federation:
+def federate(
+    algorithm: Algorithm[Any], model: nn.Module | None = None, *, verify_weights: bool = True
+) -> Federation:
     model = model or toy()
     client = algorithm.replicate(copy.deepcopy(model))
-    return Federation(algorithm, Server(algorithm, model, range(3), 1.0, 0), client)
+    server = Server(algorithm, model, range(3), 1.0, 0, verify_weights=verify_weights)
+    return Federation(algorithm, server, client)
+
+
+def deliver(server: Server[Any], messages: Sequence[bytes]) -> list[Rejection]:
+    """Has the server take the messages of clients 0, 1, ..; what it rejects."""
+    everybody = range(len(messages))
+    return server.apply(everybody, list(map(Sent, everybody, messages)))[1]
+
+
+def assert_only_the_first_is_refused(server: Server[Any], messages: Sequence[bytes], reason: str) -> None:
+    """The round goes on with the others' messages, as if the first client had sent nothing."""
+    others = copy.deepcopy(server)
+    others.apply(range(len(messages)), [Sent(client, m) for client, m in enumerate(messages) if client])
+    (rejection,) = deliver(server, messages)
+    assert rejection.client == 0
+    assert re.search(reason, rejection.reason), rejection.reason
+    assert torch.equal(flat(server.replica.params), flat(others.replica.params))
 
 
 def locally_trained(start: nn.Module, client: int, round_: int = 1) -> nn.Module:

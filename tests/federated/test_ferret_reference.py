@@ -17,9 +17,9 @@ from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms import ferret_reference
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference, chosen_seeds, subset_sizes
 from ferret_ext.federated.config import FerretConfig
+from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import ConfigError
-from ferret_ext.federated.wire import WireError
 
 POOL, K, ROUNDS = 77, 24, 4
 
@@ -189,8 +189,8 @@ def test_server_refuses_values_that_do_not_fit(changed: dict[str, Any], message:
     fed = federation()
     sent = wire.decode(fed.replies()[0].payload)
     bad = dataclasses.replace(sent, values={**sent.values, **changed})
-    with pytest.raises(WireError, match=message):
-        fed.server.apply([wire.encode(bad)])
+    with pytest.raises(QuorumError, match=message):
+        fed.apply([wire.encode(bad)])
     assert torch.equal(flat(fed.server.replica.params), flat(toy().parameters()))
 
 

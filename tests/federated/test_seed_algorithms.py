@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from federation import assert_only_the_first_is_refused, deliver
 from regression import EXAMPLES, direction, flat, loss, toy, walk_by_the_book
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
 from ferret_ext.federated.client import endless_batches
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.seeds import derive, derive_many
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
@@ -53,7 +55,7 @@ class Federation:
             ).payload
             for client in range(clients)
         ]
-        self.server.apply(messages)
+        assert not deliver(self.server, messages)
         return messages
 
 
@@ -199,7 +201,7 @@ def test_feedsign_makes_no_step_where_votes_are_tied() -> None:
         for client, vote in enumerate(np.array([1, -1], np.int8))
     ]
     before = flat(fed.server.replica.params)
-    fed.server.apply([wire.encode(vote) for vote in opposed])
+    assert not deliver(fed.server, [wire.encode(vote) for vote in opposed])
     assert torch.equal(flat(fed.server.replica.params), before)
 
 
@@ -240,8 +242,8 @@ def test_a_late_fedkseed_client_needs_the_newest_broadcast_only() -> None:
         fed.round()
     assert fed.server.broadcasts_since(0) == [fed.server.broadcasts[0], fed.server.broadcasts[3]]
     assert fed.server.broadcasts_since(4) == []
-    assert len(fed.server.broadcasts[0]) < 100
-    assert len(fed.server.broadcasts[3]) < 4 * K + 120
+    assert len(fed.server.broadcasts[0]) < 110
+    assert len(fed.server.broadcasts[3]) < 4 * K + 130
 
 
 def test_rounds_of_scalars_refuse_a_gap() -> None:
@@ -254,7 +256,7 @@ def test_rounds_of_scalars_refuse_a_gap() -> None:
 
 def test_messages_are_scalars() -> None:
     """The model has 94 parameters; a billion would make no difference to these lengths."""
-    overhead = 100
+    overhead = 120
     assert len(federation("fedkseed").round(1)[0]) <= 16 * 6 + overhead
     assert len(federation("decomfl", steps=1, perturbations=5).round(1)[0]) <= 5 * 4 + overhead
     assert len(federation("feedsign", perturbations=8).round(1)[0]) <= 8 + overhead
@@ -323,10 +325,8 @@ def replaced(message: bytes, **values: Any) -> bytes:
 )
 def test_server_refuses_values_that_do_not_fit(name: str, values: dict[str, Any], message: str) -> None:
     fed, sent = federation(name), federation(name).round()
-    before = flat(fed.server.replica.params)
-    with pytest.raises(WireError, match=f"{name}: client 0's update must have {message}"):
-        fed.server.apply([replaced(sent[0], **values), *sent[1:]])
-    assert torch.equal(before, flat(fed.server.replica.params))
+    reason = f"{name}: client 0's update must have {message}"
+    assert_only_the_first_is_refused(fed.server, [replaced(sent[0], **values), *sent[1:]], reason)
 
 
 @pytest.mark.parametrize(
@@ -344,8 +344,8 @@ def test_parties_of_other_settings_refuse_each_other(name: str, changed: dict[st
     fed, other = federation(name), federation(name, **changed)
     with pytest.raises(WireError, match=f"{name}: broadcast must have digest"):
         fed.algorithm.rebuild(fed.client, other.server.broadcasts[0])
-    with pytest.raises(WireError, match="client 0's update must have digest"):
-        fed.server.apply(other.round())
+    with pytest.raises(QuorumError, match="client 0's update must have digest"):
+        deliver(fed.server, other.round())
 
 
 def test_client_refuses_broadcasts_that_do_not_fit() -> None:

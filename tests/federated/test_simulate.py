@@ -20,7 +20,7 @@ from ferret_ext.federated.cli import main
 from ferret_ext.federated.engines import in_process
 from ferret_ext.federated.engines.in_process import InProcessClients
 
-UPDATE_HEADER = 91
+UPDATE_HEADER = 111
 SECONDS = {f"seconds_{part}" for part in ("local", "project", "rebuild", "server", "eval", "generate")}
 
 
@@ -32,6 +32,7 @@ def test_run_folder_holds_config_metrics_plot_and_model(small_run: Path) -> None
     names = {path.name for path in small_run.iterdir()}
     partition = {f"partition.{suffix}" for suffix in ("json", "png", "svg")}
     files = {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "run.json", "model"}
+    files |= {"ledger", "ledger.head"}
     assert names == files | partition
     about = json.loads((small_run / "run.json").read_text())
     assert about["peak_memory_bytes"] > 50e6

@@ -18,7 +18,8 @@ from ferret_ext.federated import wire
 from ferret_ext.federated.wire import BFLOAT16, Message, WireError
 
 DIGEST = bytes(range(8))
-UPDATE_HEADER = 91  # of Ferret's, with a seed of 64 bits and a short client number
+RUN, WEIGHTS = b"the run.", b"weights."
+UPDATE_HEADER = 111  # of Ferret's, with a seed of 64 bits and a short client number
 
 plain = st.one_of(
     st.integers(-(2**63), 2**64 - 1),
@@ -50,12 +51,15 @@ messages = st.builds(
     client=st.integers(0, 2**32 - 1),
     weight=st.floats(min_value=1e-9, max_value=1e9),
     values=st.dictionaries(st.text(min_size=1, max_size=8), plain | arrays(), max_size=4),
+    run=st.binary(min_size=8, max_size=8),
+    weights=st.binary(min_size=8, max_size=8),
 )
 
 
 def update(**changed: Any) -> Message:
     values = {"contract": 0x10001, "seed": 2**63 + 2, "gammas": np.arange(-2, 3, dtype=np.float32)}
-    return dataclasses.replace(Message("ferret", "update", DIGEST, 3, 2, 1.0, values), **changed)
+    message = Message("ferret", "update", DIGEST, 3, 2, 1.0, values, RUN, WEIGHTS)
+    return dataclasses.replace(message, **changed)
 
 
 def broadcast() -> Message:
@@ -82,11 +86,12 @@ def test_message_round_trip(message: Message) -> None:
 
 
 def test_layout_is_as_documented() -> None:
-    head = bytes([0x97, 0, 0xA6]) + b"ferret" + b"\xc4\x08" + DIGEST + bytes([3, 2])
+    digests = b"".join(b"\xc4\x08" + digest for digest in (RUN, DIGEST, WEIGHTS))
+    head = bytes([0x99, 0, 0xA6]) + b"ferret" + digests + bytes([3, 2])
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
     head += b"\xa8contract\xce\x00\x01\x00\x01" + b"\xa4seed\xcf" + struct.pack(">Q", 2**63 + 2)
     head += b"\xa6gammas\xc7\x09\x01" + b"\x00" + struct.pack("<Q", 5)
-    body = b"FRET\x02" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
+    body = b"FRET\x03" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
     data = wire.encode(update())
     assert data == body + struct.pack("<I", zlib.crc32(body))
     assert len(data) == UPDATE_HEADER + 4 * 5
@@ -94,12 +99,13 @@ def test_layout_is_as_documented() -> None:
 
 def test_layout_of_lists_and_bytes_is_as_documented() -> None:
     message = Message("a", "broadcast", DIGEST, 0, values={"l": [b"xy", b"z"], "b": b"uvw", "i": -1})
-    head = bytes([0x97, 1, 0xA1]) + b"a" + b"\xc4\x08" + DIGEST + bytes([0, 0])
+    digests = b"".join(b"\xc4\x08" + digest for digest in (bytes(8), DIGEST, bytes(8)))
+    head = bytes([0x99, 1, 0xA1]) + b"a" + digests + bytes([0, 0])
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
     head += (
         b"\xa1l\xd8\x03" + struct.pack("<QQ", 2, 1) + b"\xa1b\xd7\x02" + struct.pack("<Q", 3) + b"\xa1i\xff"
     )
-    body = b"FRET\x02" + struct.pack("<I", len(head)) + head + b"xyzuvw"
+    body = b"FRET\x03" + struct.pack("<I", len(head)) + head + b"xyzuvw"
     assert wire.encode(message) == body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -149,7 +155,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def framed(head: bytes, payload: bytes = b"") -> bytes:
-    return sealed(b"FRET\x02" + struct.pack("<I", len(head)) + head + payload)
+    return sealed(b"FRET\x03" + struct.pack("<I", len(head)) + head + payload)
 
 
 @given(st.binary(max_size=200))
@@ -173,8 +179,8 @@ def test_a_changed_head_under_a_right_checksum_is_refused_or_canonical(data: st.
 
 
 def head_with(**changed: Any) -> bytes:
-    names = ["kind", "algorithm", "digest", "round", "client", "weight", "values"]
-    fields = dict(zip(names, [0, "ferret", DIGEST, 3, 2, 1.0, {}], strict=True))
+    names = ["kind", "algorithm", "run", "digest", "weights", "round", "client", "weight", "values"]
+    fields = dict(zip(names, [0, "ferret", RUN, DIGEST, WEIGHTS, 3, 2, 1.0, {}], strict=True))
     return msgpack.packb(list({**fields, **changed}.values()))  # type: ignore[no-any-return]
 
 
@@ -185,11 +191,13 @@ def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"kind": 2}, "kind must be 0 or 1, got 2"),
+        ({"kind": 4}, "kind must be one of 0 .. 3, got 4"),
         ({"kind": True}, "shortest form"),
         ({"algorithm": ""}, "algorithm must be text of 1 to 64 characters"),
         ({"digest": b"short"}, "digest must be 8 bytes"),
         ({"digest": "textual "}, "digest must be 8 bytes"),
+        ({"run": 8}, "run must be 8 bytes, got 8"),
+        ({"weights": bytes(9)}, "weights must be 8 bytes"),
         ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),
         ({"round": 1.0}, "round must be an integer"),
         ({"client": 2**32}, "client must be an integer"),
@@ -222,13 +230,13 @@ def test_wrong_fields_under_a_right_checksum_are_named(changed: dict[str, Any], 
     ("data", "message"),
     [
         (b"", "at least 13 bytes, got 0"),
-        (sealed(b"JUNK\2\0\0\0\0"), "must begin with b'FRET', got b'JUNK'"),
-        (sealed(b"FRET\1\0\0\0\0"), "format version must be 2, got 1"),
-        (sealed(b"FRET\2\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
+        (sealed(b"JUNK\3\0\0\0\0"), "must begin with b'FRET', got b'JUNK'"),
+        (sealed(b"FRET\1\0\0\0\0"), "format version must be 3, got 1"),
+        (sealed(b"FRET\3\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
         (framed(b"\xdd\xff\xff\xff\xff"), "head must be msgpack"),
         (framed(b"\x91" * 2000), "head must be msgpack"),
-        (framed(b"\x97" + b"\xdd\0\1\0\0" * 100), "head must be msgpack"),
-        (framed(b"\x80"), "head must be a list of 7 fields"),
+        (framed(b"\x99" + b"\xdd\0\1\0\0" * 100), "head must be msgpack"),
+        (framed(b"\x80"), "head must be a list of 9 fields"),
         (framed(head_with()[:-1] + b"\xde\0\0"), "head must be in its shortest form"),
         (framed(head_with()[:-1] + b"\x82\xa1x\1\xa1x\1"), "without repeated names"),
     ],
@@ -242,7 +250,7 @@ def test_wrong_frames_are_named(data: bytes, message: str) -> None:
     ("changed", "message"),
     [
         ({"digest": b"short"}, "digest must be 8 bytes, got b'short'"),
-        ({"kind": "reply"}, "kind must be one of update, broadcast, got 'reply'"),
+        ({"kind": "reply"}, "kind must be one of update, broadcast, dissent, record, got 'reply'"),
         ({"algorithm": "x" * 65}, "algorithm must be text of 1 to 64 characters"),
         ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),
         ({"client": 2**32}, "client must be an integer"),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ferret_ext.checks import KINDS
-from ferret_ext.federated import wire
+from ferret_ext.federated import digests, wire
+from ferret_ext.federated.algorithms.updates import Rule, Updates
 from ferret_ext.federated.client import LocalFailure
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.errors import DisagreementError
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.wire import Message, WireError
 
@@ -33,12 +36,16 @@ class Replica:
     """One party's copy of the global model, as it stands after `round`.
 
     params: the trainable parameters, changed in place. start: a client's copy of them as its round began.
+    run: names the run; a client learns it from round 0's broadcast. weights: the digest of the parameters
+    after `round`, zeros where nobody compares them.
     """
 
     model: Any
     params: list[Tensor]
     round: int = 0
     start: list[Tensor] = field(default_factory=list)
+    run: bytes = wire.NO_DIGEST
+    weights: bytes = wire.NO_DIGEST
 
     @property
     def digest(self) -> bytes:
@@ -61,6 +68,21 @@ class Replica:
         if self.start:
             for param, start in zip(self.params, self.start, strict=True):
                 param.copy_(start)
+
+    @torch.no_grad()
+    def adopt(self, other: Replica) -> None:
+        """Takes over another replica's weights, and all else that the next round depends on."""
+        self.resume(Message("", "record", other.digest, other.round, values=other.state()))
+        for param, value in zip(self.params, other.params, strict=True):
+            param.copy_(value)
+        self.round, self.run, self.weights = other.round, other.run, other.weights
+
+    def state(self) -> Values:
+        """What the next round depends on besides the weights, as values for a message."""
+        return {}
+
+    def resume(self, state: Message) -> None:
+        """Takes back what `state` gave; WireError for anything else."""
 
 
 R = TypeVar("R", bound=Replica)
@@ -95,16 +117,17 @@ class Reply:
 class Algorithm(ABC, Generic[R]):
     """A federated algorithm. Server and clients each hold a replica and exchange nothing but bytes.
 
-    A broadcast is what the server relays after a round. Rebuilding applies one to a replica; server and
-    clients rebuild from the same bytes, so that they hold the same weights, bit for bit.
+    A broadcast is what the server relays after a round. Server and clients go on by the same values, so that
+    they hold the same weights, bit for bit.
 
     A subclass says how replicas are made and what the values in the messages are; what every algorithm has
-    in common, that messages are of this run, of the right round and one from each client, is checked here.
+    in common, that messages are of this run and of the right round, is checked here.
     """
 
     name: str
     weighting: Weighting = "uniform"  # what a client counts by, as published
     self_contained: bool = False  # whether a broadcast alone tells the model, whatever came before
+    rules: tuple[Rule, ...] = ("mean", "norm-clip")  # how updates can be added up
 
     @abstractmethod
     def replicate(self, model: Any) -> R:
@@ -115,11 +138,12 @@ class Algorithm(ABC, Generic[R]):
         """Trains on the client's data; the values of its update, and the training loss."""
 
     @abstractmethod
-    def combine(self, replica: R, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
-        """The values of the next round's broadcast from its updates, which are also given as received.
+    def check_values(self, replica: R, update: Message) -> None:
+        """Raises WireError for an update whose values do not fit."""
 
-        The replica stays as it is. Raises WireError for an update whose values do not fit.
-        """
+    @abstractmethod
+    def combine(self, replica: R, updates: Updates) -> Values:
+        """The values of the next round's broadcast from updates that were checked; the replica stays."""
 
     @abstractmethod
     def advance(self, replica: R, broadcast: Message) -> None:
@@ -136,18 +160,29 @@ class Algorithm(ABC, Generic[R]):
         """Lines for the log, before the first round: what its user should know about the settings."""
         return []
 
+    def norm(self, replica: R, update: Message) -> float:
+        """How large an update is, beside others of its round: here the Euclidean norm of all its floats."""
+        return math.sqrt(math.fsum(map(_sum_of_squares, update.values.values())))
+
+    def seeds(self, message: Message) -> list[int]:
+        """The seeds in an update, or in a broadcast those of its updates, none of which may come again."""
+        return []
+
     def open(self, replica: R) -> bytes:
         """Round 0's broadcast."""
-        return self._broadcast(replica, 0, self.opening(replica))
+        return wire.encode(self._broadcast(replica, 0, self.opening(replica), replica.weights))
 
     def rebuild(self, replica: R, broadcast: bytes) -> None:
         """Takes the replica from round r - 1 to r with round r's broadcast; does nothing if it is there.
 
-        From any earlier round, where broadcasts are self-contained.
+        From any earlier round, where broadcasts are self-contained. Raises WireError for bytes that are not
+        this broadcast, and DisagreementError where the weights are not those that it says it leads to.
         """
         message = wire.decode(broadcast)
         check(self.name, "broadcast", "algorithm", self.name, message.algorithm)
         check(self.name, "broadcast", "kind", "broadcast", message.kind)
+        if replica.run != wire.NO_DIGEST:
+            check(self.name, "broadcast", "run", replica.run.hex(), message.run.hex())
         if message.round <= replica.round and replica.round > 0:
             return  # applied before
         if message.round > 0 and not self.self_contained:
@@ -157,63 +192,100 @@ class Algorithm(ABC, Generic[R]):
             self.begin(replica, message)
         else:
             self.advance(replica, message)
-            replica.round = message.round
+        replica.run, replica.round = message.run, message.round
+        if message.weights != wire.NO_DIGEST:
+            self._compare_weights(replica, message.weights)
 
     def train_and_encode(self, replica: R, data: LocalData, watch: Stopwatch) -> tuple[bytes, float]:
         """Trains on the client's data and encodes the update; also the training loss."""
         digest = replica.digest
         values, loss = self.contribute(replica, data, watch)
-        update = Message(self.name, "update", digest, data.round, data.client, data.weight, values)
+        update = Message(
+            self.name,
+            "update",
+            digest,
+            data.round,
+            data.client,
+            data.weight,
+            values,
+            run=replica.run,
+            weights=replica.weights,
+        )
         return wire.encode(update), loss
 
-    def aggregate(self, replica: R, updates: Sequence[bytes]) -> bytes:
-        """The next round's broadcast from its clients' messages, once checked; the replica stays as it is."""
-        round_ = replica.round + 1
-        messages = [wire.decode(update) for update in updates]
-        clients = [message.client for message in messages]
-        if not clients or len(set(clients)) < len(clients):
-            raise WireError(
-                f"{self.name}: round {round_} must have one update from each client, got them from {clients}"
-            )
-        digest = replica.digest
-        for message in messages:
-            self.check_update(message, digest, round_)
-        return self._broadcast(replica, round_, self.combine(replica, messages, updates))
-
-    def check_update(self, message: Message, digest: bytes, round_: int) -> None:
-        """Raises WireError unless the message is an update of this algorithm, digest and round."""
-        sender = f"client {message.client}'s update"
+    def check_update(self, replica: R, message: Message) -> None:
+        """Raises WireError unless the message is a client's update for the replica's next round."""
+        sender = message.sender
         check(self.name, sender, "algorithm", self.name, message.algorithm)
         check(self.name, sender, "kind", "update", message.kind)
-        check(self.name, sender, "round", round_, message.round)
-        check(self.name, sender, "digest", digest.hex(), message.digest.hex())
+        check(self.name, sender, "run", replica.run.hex(), message.run.hex())
+        check(self.name, sender, "round", replica.round + 1, message.round)
+        check(self.name, sender, "digest", replica.digest.hex(), message.digest.hex())
+        check(self.name, sender, "weights", replica.weights.hex(), message.weights.hex())
+        self.check_values(replica, message)
 
     def client_update(self, replica: R, data: LocalData, broadcasts: Sequence[bytes]) -> Reply:
         """A client's part of a round: rebuild the global model from what the server relays, train, encode.
 
-        Training that fails, or gives an update that is not finite, is told in the reply and not raised.
+        Training that fails, or gives an update that is not finite, is told in the reply and not raised. Where
+        the weights are not the server's, the reply has a dissent with the digests of all parameters.
         """
         watch = Stopwatch()
-        with watch("rebuild"):
-            replica.rewind()
-            for broadcast in broadcasts:
-                self.rebuild(replica, broadcast)
-            replica.mark()
         received = sum(map(len, broadcasts))
         try:
+            with watch("rebuild"):
+                replica.rewind()
+                for broadcast in broadcasts:
+                    self.rebuild(replica, broadcast)
+                replica.mark()
             payload, loss = self.train_and_encode(replica, data, watch)
+        except DisagreementError as error:
+            return Reply(data.client, self._dissent(replica, data, error.digests), received, math.nan, watch)
         except (LocalFailure, wire.NotFiniteError) as failure:
             return Reply(data.client, b"", received, math.nan, watch, str(failure))
         return Reply(data.client, payload, received, loss, watch)
 
-    def server_apply(self, replica: R, updates: Sequence[bytes]) -> bytes:
-        """The server's part of a round: w_r from the clients' messages; returns the broadcast."""
-        broadcast = self.aggregate(replica, updates)
-        self.rebuild(replica, broadcast)
-        return broadcast
+    def server_apply(self, replica: R, updates: Updates) -> bytes:
+        """The server's part of a round: w_r from the clients' updates; returns the broadcast.
 
-    def _broadcast(self, replica: R, round_: int, values: Values) -> bytes:
-        return wire.encode(Message(self.name, "broadcast", replica.digest, round_, values=values))
+        Raises NotFiniteError, and leaves the replica as it is, where numbers in the broadcast are not finite.
+        """
+        message = self._broadcast(replica, replica.round + 1, self.combine(replica, updates))
+        wire.check(message)
+        self.advance(replica, message)
+        replica.round = message.round
+        if replica.weights != wire.NO_DIGEST:
+            replica.weights = digests.together(digests.of_each(replica.params))
+        return wire.encode(replace(message, weights=replica.weights))
+
+    def _broadcast(self, replica: R, round_: int, values: Values, weights: bytes = wire.NO_DIGEST) -> Message:
+        return Message(
+            self.name, "broadcast", replica.digest, round_, values=values, run=replica.run, weights=weights
+        )
+
+    def _compare_weights(self, replica: R, expected: bytes) -> None:
+        each = digests.of_each(replica.params)
+        replica.weights = digests.together(each)
+        if replica.weights != expected:
+            raise DisagreementError(
+                f"{self.name}: expected weights {expected.hex()} after round {replica.round}, got "
+                f"{replica.weights.hex()}",
+                each,
+            )
+
+    def _dissent(self, replica: R, data: LocalData, each: list[bytes]) -> bytes:
+        values = {"digests": np.frombuffer(b"".join(each), np.uint8)}
+        message = Message(
+            self.name,
+            "dissent",
+            replica.digest,
+            data.round,
+            data.client,
+            values=values,
+            run=replica.run,
+            weights=replica.weights,
+        )
+        return wire.encode(message)
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:
@@ -234,25 +306,29 @@ def pack(tensors: Iterable[Tensor]) -> Values:
     return {str(index): array(tensor) for index, tensor in enumerate(tensors)}
 
 
-def unpack(message: Message, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `pack` made, in the shapes and on the devices of `like`; WireError for anything else."""
-
-    def tensor(name: str, model: Tensor) -> Tensor:
-        half = model.dtype == torch.bfloat16
-        dtype = wire.BFLOAT16 if half else torch.empty(0, dtype=model.dtype).numpy().dtype
-        array = message.array(name, dtype, (model.numel(),))
-        flat = torch.from_numpy(array.view("<u2")).view(torch.bfloat16) if half else torch.from_numpy(array)
-        return flat.view(model.shape).to(model.device)
-
+def unpack(message: Message, like: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What `pack` made, in the shapes and on the devices of `like`, one at a time; WireError for anything
+    else."""
     if len(message.values) != len(like):
         raise WireError(f"{message.algorithm}: expected {len(like)} tensors, got {len(message.values)}")
-    return [tensor(str(index), model) for index, model in enumerate(like)]
+    for index, model in enumerate(like):
+        yield unpack_one(message, index, model)
 
 
-def shares(updates: Sequence[Message]) -> list[float]:
-    """The updates' weights, divided by their exact sum."""
-    total = math.fsum(update.weight for update in updates)
-    return [update.weight / total for update in updates]
+def unpack_one(message: Message, index: int, like: Tensor) -> Tensor:
+    """The tensor of this index of what `pack` made; WireError if there is none such."""
+    half = like.dtype == torch.bfloat16
+    array = packed_array(message, index, like)
+    copy = torch.from_numpy(array.view("<u2").copy() if half else array.copy())
+    flat = copy.view(torch.bfloat16) if half else copy
+    return flat.view(like.shape).to(like.device)
+
+
+def packed_array(message: Message, index: int, like: Tensor) -> wire.Array:
+    """The flat array of this index of what `pack` made; WireError if there is none such."""
+    half = like.dtype == torch.bfloat16
+    dtype = wire.BFLOAT16 if half else torch.empty(0, dtype=like.dtype).numpy().dtype
+    return message.array(str(index), dtype, (like.numel(),))
 
 
 def stream_contract(basis: str) -> int:
@@ -264,3 +340,17 @@ def check(name: str, what: str, field: str, expected: object, got: object) -> No
     """Raises WireError, in the algorithm's name, where the two differ."""
     if expected != got:
         raise WireError(f"{name}: {what} must have {field} {expected}, got {got}")
+
+
+def _sum_of_squares(value: wire.Value) -> float:
+    if isinstance(value, float):
+        return value * value
+    if not isinstance(value, np.ndarray):
+        return 0.0
+    if value.dtype == wire.BFLOAT16:
+        tensor = torch.from_numpy(value.view("<u2").copy()).view(torch.bfloat16)
+    elif value.dtype.kind == "f":
+        tensor = torch.from_numpy(value.copy())
+    else:
+        return 0.0
+    return float(tensor.double().square().sum())

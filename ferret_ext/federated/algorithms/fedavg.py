@@ -6,8 +6,8 @@ broadcast  w_r of each trainable parameter in the same way; none in round 0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from ferret_ext.federated.algorithms.base import (
     Train,
     Values,
     pack,
-    shares,
     trainable,
     unpack,
+    unpack_one,
 )
+from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
@@ -41,6 +42,7 @@ class FedAvg(Algorithm[Replica]):
 
     weighting = "examples"
     self_contained = True
+    rules = ALL_RULES
     server_learning_rate: float
     train: Train
     name: str = "fedavg"
@@ -55,22 +57,19 @@ class FedAvg(Algorithm[Replica]):
             pairs = zip(replica.start, replica.params, strict=True)
             return pack(start - param for start, param in pairs), loss
 
-    def combine(self, replica: Replica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
-        means = [torch.zeros_like(param, dtype=_wide(param)) for param in replica.params]
+    def check_values(self, replica: Replica, update: Message) -> None:
+        for _ in unpack(update, replica.params):
+            pass
+
+    def combine(self, replica: Replica, updates: Updates) -> Values:
+        def stepped(index: int, param: Tensor) -> Tensor:
+            mean = updates.average(partial(unpack_one, index=index, like=param))
+            return (param.to(mean.dtype) - self.server_learning_rate * mean).to(param.dtype)
+
         with torch.no_grad():
-            for share, update in zip(shares(updates), updates, strict=True):
-                for mean, delta in zip(means, unpack(update, replica.params), strict=True):
-                    mean.add_(delta.to(mean.dtype), alpha=share)
-            pairs = zip(replica.params, means, strict=True)
-            step = self.server_learning_rate
-            return pack((param.to(mean.dtype) - step * mean).to(param.dtype) for param, mean in pairs)
+            return pack(stepped(index, param) for index, param in enumerate(replica.params))
 
     def advance(self, replica: Replica, broadcast: Message) -> None:
-        weights = unpack(broadcast, replica.params)
         with torch.no_grad():
-            for param, weight in zip(replica.params, weights, strict=True):
+            for param, weight in zip(replica.params, list(unpack(broadcast, replica.params)), strict=True):
                 param.copy_(weight)
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)

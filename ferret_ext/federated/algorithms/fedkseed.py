@@ -11,7 +11,6 @@ A broadcast holds all that came before it: whoever joins late needs w_0 and the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values, shares
+from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values
+from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive, derive_many
@@ -61,6 +61,20 @@ class KSeedReplica(Replica):
         if self.moved:
             self.snapshot.restore(self.params)
             self.moved = False
+
+    def state(self) -> Values:
+        return {
+            "seeds": np.array(self.seeds, np.uint64),
+            "sums": self.sums,
+            "magnitudes": self.magnitudes,
+            "visits": self.visits,
+        }
+
+    def resume(self, state: Message) -> None:
+        shape = self.sums.shape
+        self.seeds = state.array("seeds", "<u8", shape).tolist()
+        self.sums, self.magnitudes = (state.array(name, "<f4", shape) for name in ("sums", "magnitudes"))
+        self.visits = state.array("visits", "<u4", shape)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -134,9 +148,12 @@ class FedKSeed(Algorithm[KSeedReplica]):
             "slopes": (slopes[made] / perturbations).astype(np.float32),
         }, loss
 
-    def combine(self, replica: KSeedReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
+    def check_values(self, replica: KSeedReplica, update: Message) -> None:
+        self._pairs(update)
+
+    def combine(self, replica: KSeedReplica, updates: Updates) -> Values:
         sums = replica.sums.astype(np.float64)
-        for update, share in zip(updates, shares(updates), strict=True):
+        for update, share in zip(updates.messages, updates.shares, strict=True):
             candidates, slopes = self._pairs(update)
             np.add.at(sums, candidates, share * slopes)
         return {"seed": self.seed, "sums": sums.astype(np.float32)}
@@ -169,7 +186,7 @@ class FedKSeed(Algorithm[KSeedReplica]):
         return candidates, update.array("slopes", "<f4", candidates.shape).astype(np.float64)
 
     def _unfit(self, update: Message, expected: str, got: int) -> WireError:
-        return WireError(f"{self.name}: client {update.client}'s update must have {expected}, got {got}")
+        return WireError(f"{self.name}: {update.sender} must have {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -182,15 +199,15 @@ class FedKSeedPro(FedKSeed):
 
     name = "fedkseed-pro"
 
-    def combine(self, replica: KSeedReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
+    def combine(self, replica: KSeedReplica, updates: Updates) -> Values:
         magnitudes, visits = replica.magnitudes.astype(np.float64), replica.visits.copy()
-        for update in updates:
+        for update in updates.messages:
             candidates, slopes = self._pairs(update)
             measured = np.abs(slopes) * given(self.config.perturbations)
             np.add.at(magnitudes, candidates, np.minimum(measured, self.config.clip))
             np.add.at(visits, candidates, 1)
         statistics = {"magnitudes": magnitudes.astype(np.float32), "visits": visits}
-        return {**super().combine(replica, updates, received), **statistics}
+        return {**super().combine(replica, updates), **statistics}
 
     def advance(self, replica: KSeedReplica, broadcast: Message) -> None:
         shape = replica.sums.shape

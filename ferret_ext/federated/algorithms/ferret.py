@@ -2,7 +2,8 @@
 K_l = K, gamma_l = V_l^T delta_l / (rho_l K_l), and a server that steps along the mean of the reconstructions.
 
     update     contract int, seed int, gammas float32 [K]
-    broadcast  contract int, step float, updates as the clients sent them; round 0's has the contract only
+    broadcast  contract int, step float, updates as the clients sent them and, where some are clipped, factors
+               float64, one an update; round 0's has the contract only
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import ferret_ext
@@ -22,10 +24,10 @@ from ferret_ext.federated.algorithms.base import (
     Train,
     Values,
     check,
-    shares,
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
+from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
@@ -77,37 +79,53 @@ class Ferret(Algorithm[PlanReplica]):
             )
         return {"contract": self.contract, "seed": seed, "gammas": gammas.float().cpu().numpy()}, loss
 
-    def combine(self, replica: PlanReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
-        for update in updates:
-            self._check_values(replica, update)
-        return {"contract": self.contract, "step": self.server_learning_rate, "updates": list(received)}
+    def combine(self, replica: PlanReplica, updates: Updates) -> Values:
+        values: dict[str, wire.Value] = {"contract": self.contract, "step": self.server_learning_rate}
+        if any(factor != 1 for factor in updates.factors):
+            values["factors"] = np.array(updates.factors)
+        return {**values, "updates": list(updates.received)}
 
     def advance(self, replica: PlanReplica, broadcast: Message) -> None:
-        updates = [wire.decode(update) for update in broadcast.value("updates", list)]
-        for update in updates:
-            self.check_update(update, broadcast.digest, broadcast.round)
-            self._check_values(replica, update)
+        updates = self._updates_in(broadcast)
+        for update in updates.messages:
+            self.check_update(replica, update)
         device = replica.params[0].device
         terms = [
             (update.value("seed", int), torch.from_numpy(update.values["gammas"]).to(device), share)
-            for update, share in zip(updates, shares(updates), strict=True)
+            for update, share in zip(updates.messages, updates.shares, strict=True)
         ]
         step = broadcast.value("step", float)
         with torch.no_grad():
             ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.chosen_basis)
         if self.config.allocation in BY_NORM:
-            norms = block_norms(replica.plan, updates)
+            norms = block_norms(replica.plan, updates.messages)
             replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
 
     @property
     def contract(self) -> int:
         return stream_contract(self.config.chosen_basis)
 
-    def _check_values(self, replica: PlanReplica, update: Message) -> None:
-        sender = f"client {update.client}'s update"
-        check(self.name, sender, "contract", self.contract, update.value("contract", int))
-        check(self.name, sender, "seed below 2^64", True, update.value("seed", int) >= 0)
+    def check_values(self, replica: PlanReplica, update: Message) -> None:
+        check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
+        check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
         update.array("gammas", "<f4", (replica.plan.K,))
+
+    def norm(self, replica: PlanReplica, update: Message) -> float:
+        """||delta|| up to a factor, from the coordinates."""
+        return math.hypot(*block_norms(replica.plan, [update]))
+
+    def seeds(self, message: Message) -> list[int]:
+        if message.kind == "update":
+            return [message.value("seed", int)]
+        return [update.value("seed", int) for update in self._updates_in(message).messages]
+
+    def _updates_in(self, broadcast: Message) -> Updates:
+        """What a broadcast relays. Round 0's relays nothing."""
+        received = broadcast.value("updates", list) if broadcast.round else []
+        factors = [1.0] * len(received)
+        if "factors" in broadcast.values:
+            factors = broadcast.array("factors", "<f8", (len(received),)).tolist()
+        return Updates([wire.decode(update) for update in received], received, factors)
 
 
 def block_norms(plan: ferret_ext.BlockPlan, updates: Sequence[Message]) -> list[float]:

@@ -28,10 +28,10 @@ from ferret_ext.federated.algorithms.base import (
     Train,
     Values,
     check,
-    shares,
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
+from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
@@ -53,6 +53,13 @@ class PoolReplica(PlanReplica):
 
     seed: int = 0
     pool: Pool
+
+    def state(self) -> Values:
+        return {**super().state(), "seed": self.seed, "pool": self.pool}
+
+    def resume(self, state: Message) -> None:
+        super().resume(state)
+        self.seed, self.pool = state.value("seed", int), state.array("pool", "<f4", self.pool.shape)
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,12 @@ class FerretReference(Algorithm[PoolReplica]):
         values = {"counts": counts.astype(np.uint32), "gammas": gammas.astype(np.float32)}
         return {"contract": self.contract, "seed": seed, **values}, loss
 
-    def combine(self, replica: PoolReplica, updates: Sequence[Message], received: Sequence[bytes]) -> Values:
+    def check_values(self, replica: PoolReplica, update: Message) -> None:
+        self._read(replica, update)
+
+    def combine(self, replica: PoolReplica, updates: Updates) -> Values:
         pool = self.config.pool_momentum * replica.pool.astype(np.float64)
-        for share, update in zip(shares(updates), updates, strict=True):
+        for share, update in zip(updates.shares, updates.messages, strict=True):
             places, gammas = self._read(replica, update)
             pool[places] += share * gammas
         with np.errstate(over="ignore"):
@@ -141,7 +151,7 @@ class FerretReference(Algorithm[PoolReplica]):
 
     def _read(self, replica: PoolReplica, update: Message) -> tuple[npt.NDArray[np.int64], Numbers]:
         """An update's places in the pool and its coordinates there; WireError if they do not fit."""
-        sender = f"client {update.client}'s update"
+        sender = update.sender
         check(self.name, sender, "contract", self.contract, update.value("contract", int))
         check(self.name, sender, "seed below 2^64", True, update.value("seed", int) >= 0)
         counts = update.array("counts", "<u4", (len(replica.plan.blocks),)).astype(np.int64)

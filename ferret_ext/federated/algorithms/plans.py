@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 import ferret_ext
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Replica
+from ferret_ext.federated.algorithms.base import Replica, Values
 from ferret_ext.federated.settings import ConfigError
+from ferret_ext.federated.wire import Message
 from ferret_ext.plan import Allocation, Granularity
 
 
@@ -21,6 +24,16 @@ class PlanReplica(Replica):
     @property
     def digest(self) -> bytes:
         return bytes.fromhex(self.plan.digest())[: wire.DIGEST_BYTES]
+
+    def state(self) -> Values:
+        return {"counts": np.array([block.k for block in self.plan.blocks], np.uint32)}
+
+    def resume(self, state: Message) -> None:
+        counts = state.array("counts", "<u4", (len(self.plan.blocks),)).tolist()
+        try:
+            self.plan = self.plan.with_counts(counts)
+        except ValueError as error:
+            raise wire.WireError(f"ferret: {error}") from None
 
 
 def make_plan(

@@ -14,7 +14,6 @@ A client that missed rounds applies the broadcasts of all of them: some 100 byte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values, shares
+from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values
+from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
@@ -58,6 +58,12 @@ class ScalarReplica(Replica):
         settings = f"{agreement(self.walk.config)} {self.server_learning_rate!r}"
         return hashlib.sha256(super().digest + settings.encode()).digest()[: wire.DIGEST_BYTES]
 
+    def state(self) -> Values:
+        return {"next_seed": self.next_seed}
+
+    def resume(self, state: Message) -> None:
+        self.next_seed = state.value("next_seed", int)
+
     def mark(self) -> None:
         if self.snapshot is not None:
             self.snapshot.take(self.params)
@@ -78,6 +84,7 @@ class DeComFL(Algorithm[ScalarReplica]):
     """
 
     name = "decomfl"
+    rules = ALL_RULES
     config: ZerothOrderConfig
     server_learning_rate: float
     seed: int
@@ -108,9 +115,10 @@ class DeComFL(Algorithm[ScalarReplica]):
             )
         return self.answer(slopes), loss
 
-    def combine(
-        self, replica: ScalarReplica, updates: Sequence[Message], received: Sequence[bytes]
-    ) -> Values:
+    def check_values(self, replica: ScalarReplica, update: Message) -> None:
+        self.steps_of(update)
+
+    def combine(self, replica: ScalarReplica, updates: Updates) -> Values:
         round_ = replica.round + 1
         return {
             "seed": self._seed_of(round_),
@@ -136,11 +144,10 @@ class DeComFL(Algorithm[ScalarReplica]):
         """What a client says of its slopes [T, P]."""
         return {"slopes": np.nan_to_num(slopes, nan=0.0).astype(np.float32)}
 
-    def tally(self, updates: Sequence[Message]) -> Values:
+    def tally(self, updates: Updates) -> Values:
         """What the server makes of the clients' answers."""
-        rows = [self.steps_of(update).astype(np.float64) for update in updates]
-        mean = sum(share * row for share, row in zip(shares(updates), rows, strict=True))
-        return {"slopes": np.asarray(mean, np.float32)}
+        mean = updates.average(lambda update: torch.from_numpy(self.steps_of(update).astype(np.float64)))
+        return {"slopes": mean.numpy().astype(np.float32)}
 
     def steps_of(self, message: Message) -> Array:
         """The multiples [T, P] of the directions in an update or a broadcast. Raises WireError."""
@@ -164,6 +171,7 @@ class FeedSign(DeComFL):
     """
 
     name = "feedsign"
+    rules = ("mean",)  # a vote is a vote
 
     def replicate(self, model: Any) -> ScalarReplica:
         if self.shape[0] != 1:
@@ -176,14 +184,13 @@ class FeedSign(DeComFL):
     def answer(self, slopes: Slopes) -> Values:
         return {"votes": np.sign(np.nan_to_num(slopes, nan=0.0)).astype(np.int8)}
 
-    def tally(self, updates: Sequence[Message]) -> Values:
-        votes = sum(self.steps_of(update).astype(np.int64) for update in updates)
+    def tally(self, updates: Updates) -> Values:
+        votes = sum(self.steps_of(update).astype(np.int64) for update in updates.messages)
         return {"votes": np.sign(votes).astype(np.int8)}
 
     def steps_of(self, message: Message) -> Array:
         votes = message.array("votes", "i1", self.shape)
         largest = int(np.abs(votes.astype(int)).max())
         if largest > 1:
-            sender = f"client {message.client}'s update" if message.kind == "update" else "broadcast"
-            raise WireError(f"{self.name}: {sender} must have votes of -1, 0 or 1, got {largest}")
+            raise WireError(f"{self.name}: {message.sender} must have votes of -1, 0 or 1, got {largest}")
         return votes

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import adapters, algorithms, models, scores
+from ferret_ext.federated import adapters, algorithms, digests, models, scores
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
-from ferret_ext.federated.client import LocalTrainer
+from ferret_ext.federated.client import LocalTrainer, OptimizerStates
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.evaluation import Evaluator
+from ferret_ext.federated.journal import Genesis
 from ferret_ext.federated.metrics import RoundMetrics
-from ferret_ext.federated.rounds import Watcher, run_rounds
+from ferret_ext.federated.rounds import Journal, Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
@@ -70,9 +74,11 @@ class InProcessClients:
         self._shards = shards
         self._seed = seed
         self._seen = [0] * len(shards)
+        self._round = 0
 
     def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:
         """A round of the clients: each receives the broadcasts that it has not seen and sends its update."""
+        self._catch_up(round_, server)
         replies = []
         for client in clients:
             broadcasts = server.broadcasts_since(self._seen[client])
@@ -86,12 +92,24 @@ class InProcessClients:
             replies.append(reply)
         return replies
 
+    def _catch_up(self, round_: int, server: Server[Any]) -> None:
+        """Before the first round of a run that is resumed: as if these clients had been there all along."""
+        if self._round == 0 and round_ > 1:
+            self._replica.adopt(server.replica)
+        for past in range(self._round + 1, round_):
+            for client in server.choose(past):
+                self._seen[client] = past
+        self._round = round_
 
-def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
-    """Runs the rounds of `config` and returns the final global model.
+
+OpenJournal = Callable[[Genesis, OptimizerStates], Journal]
+
+
+def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJournal | None = None) -> Result:
+    """Runs the rounds of `config`, or those that its journal lacks, and returns the final global model.
 
     The same config gives the same weights, bit for bit, on the same machine with the same number of threads.
-    Raises ConfigError, DataError and DivergedError.
+    Raises ConfigError, DataError, DivergedError and RunError.
     """
     measures = scores.load(config.evaluation.scores)
     config = adapters.resolve(config)
@@ -105,11 +123,22 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
         )
         narrator.dealt(data.holdings)
         evaluator = Evaluator(config.evaluation, data.held, tokenizer, measures)
-        algorithm = algorithms.create(config, LocalTrainer(config.training, tokenizer.pad_token_id))
+        trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
+        algorithm = algorithms.create(config, trainer)
+        genesis = Genesis(digests.of_model(model), ledger_text(config))
         weights = client_weights(config, algorithm, data.shards)
         clients = InProcessClients(algorithm, copy.deepcopy(model), data.shards, weights, config.seed)
         everybody = range(len(data.shards))
-        server = Server(algorithm, model, everybody, config.client_fraction, config.seed)
+        server = Server(
+            algorithm,
+            model,
+            everybody,
+            config.client_fraction,
+            config.seed,
+            run=genesis.run,
+            robust=config.robust,
+            verify_weights=config.ledger.verify_weights,
+        )
         for line in (_describe(server), *algorithms.notes(config), *algorithm.notes(server.replica)):
             narrator.say(line)
         history = run_rounds(
@@ -119,8 +148,18 @@ def simulate(config: SimulationConfig, narrator: Narrator) -> Result:
             partial(evaluator.after_round, config.rounds),
             narrator,
             full_bytes,
+            open_journal and open_journal(genesis, trainer.states),
         )
     return Result(model, tokenizer, history)
+
+
+def ledger_text(config: SimulationConfig) -> str:
+    """The settings as the ledger has them: without places on this machine, or what only journals heed."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "ledger"):
+        del settings[name]
+    names = {name: Path(settings[name]).name for name in ("model", "data")}
+    return json.dumps({**settings, **names}, sort_keys=True)
 
 
 def client_weights(

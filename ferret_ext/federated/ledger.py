@@ -1,0 +1,189 @@
+"""The ledger: what a run is made of, round by round, so that its model follows from its base, bit for bit.
+
+A ledger is two files. `ledger` has a record for each round that counts, one after the other: u64 length
+(little-endian), then a message of `wire` of kind "record". Round 0's record says what the run is, every other
+one what the round was and what its clients were relayed:
+
+    every record    previous bytes (SHA-256 of the record before, zeros for the first), broadcast bytes;
+                    `weights` is the digest of the weights that the broadcast leads to
+    round 0's       base bytes (SHA-256, see `digests.of_model`), config str (JSON)
+    the others'     clients, left_out, accepted, rejected uint32; reasons list of bytes (UTF-8), one for each
+                    rejected; updates list of bytes (SHA-256), one for each accepted; bytes_up, bytes_down
+                    int; train_loss float, unless no client says one
+
+`ledger.head` says how many records and bytes of it count, and the last one's SHA-256. It is replaced once a
+record is on the disk, and that makes the round count: what a crash has left behind the head was never there.
+Records refer to the ones before by hash, so that the last hash stands for them all: no record can be changed,
+left out or cut off unnoticed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from ferret_ext.federated import files, wire
+from ferret_ext.federated.errors import LedgerError
+from ferret_ext.federated.wire import Message, WireError
+
+HEAD_SUFFIX = ".head"
+ZERO_HASH = bytes(32)
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How much of a ledger counts. sha256: the last record's, in hexadecimal."""
+
+    records: int
+    bytes: int
+    sha256: str
+
+
+class Ledger:
+    """A ledger that is written. One process at a time holds it; closing lets others in."""
+
+    def __init__(self, path: Path, file: IO[bytes], head: Head) -> None:
+        self._path, self._file, self.head = path, file, head
+
+    @classmethod
+    def create(cls, path: Path) -> Ledger:
+        """An empty ledger, in place of a former one. Raises LedgerError."""
+        with _speaking(path):
+            file = _locked(path)
+            _head_of(path).unlink(missing_ok=True)
+            file.truncate(0)
+        return cls(path, file, Head(0, 0, ZERO_HASH.hex()))
+
+    @classmethod
+    def open(cls, path: Path) -> Ledger:
+        """A ledger to go on with. Raises LedgerError, also where it has been tampered with."""
+        head = read_head(path)
+        if head is None:
+            raise LedgerError(f"ledger: expected {_head_of(path)}, got none")
+        with _speaking(path):
+            file = _locked(path)
+        for _ in read(path):
+            pass
+        return cls(path, file, head)
+
+    def append(self, record: Message) -> None:
+        """Writes a record; once this returns, it counts. Raises LedgerError, and then it does not.
+
+        `previous` is filled in here.
+        """
+        values = {"previous": bytes.fromhex(self.head.sha256), **record.values}
+        data = wire.encode(replace(record, values=values))
+        with _speaking(self._path):
+            self._file.seek(self.head.bytes)  # whatever a crash has left there does not count
+            self._file.truncate()
+            self._file.write(_LENGTH.pack(len(data)))
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            end = self.head.bytes + _LENGTH.size + len(data)
+            head = Head(self.head.records + 1, end, hashlib.sha256(data).hexdigest())
+            text = json.dumps(vars(head)) + "\n"
+            files.replace(_head_of(self._path), lambda path: path.write_text(text, "utf-8"))
+        self.head = head
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path, head: str | None = None) -> Iterator[Message]:
+    """The records that count, one after the other, once each is known to be whole and in its place.
+
+    head: SHA-256 of the last record, in hexadecimal, as somebody else knows it. Without it and without
+    `ledger.head`, all records are taken as they come. Raises LedgerError.
+    """
+    known = read_head(path)
+    if known is None and head is None and not path.is_file():
+        raise LedgerError(f"ledger: expected a file, got {str(path)!r}, which is none")
+    previous, count = ZERO_HASH, 0
+    with _speaking(path), path.open("rb") as file:
+        while known is None or count < known.records:
+            data = _next(path, file, count, known)
+            if data is None:
+                break
+            record = _record(path, data, count, previous)
+            previous, count = hashlib.sha256(data).digest(), count + 1
+            yield record
+    for expected in (known and known.sha256, head):
+        if expected is not None and previous.hex() != expected:
+            raise LedgerError(
+                f"ledger: expected {path} to end with a record of SHA-256 {expected}, got {previous.hex()}: "
+                "records were changed or cut off"
+            )
+
+
+def read_head(path: Path) -> Head | None:
+    """What `ledger.head` says, None where there is none. Raises LedgerError."""
+    try:
+        said = json.loads(_head_of(path).read_text("utf-8"))
+        head = Head(**said)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise LedgerError(f"ledger: {_head_of(path)} cannot be read: {error}") from None
+    fits = (type(head.records), type(head.bytes), type(head.sha256)) == (int, int, str)
+    if not fits or head.records < 1 or head.bytes < 1:
+        raise LedgerError(f"ledger: {_head_of(path)} must say records, bytes and sha256, got {said}")
+    return head
+
+
+def _next(path: Path, file: IO[bytes], count: int, known: Head | None) -> bytes | None:
+    """The next record's bytes; None at the end of a ledger without a head."""
+    prefix = file.read(_LENGTH.size)
+    if not prefix and known is None:
+        return None
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else left + 1
+    if length > left:
+        raise LedgerError(f"ledger: {path} is cut off in record {count}")
+    return file.read(length)
+
+
+def _record(path: Path, data: bytes, count: int, previous: bytes) -> Message:
+    where = f"ledger: record {count} of {path}"
+    try:
+        record = wire.decode(data)
+        if record.kind != "record" or record.round != count:
+            raise WireError(f"must be the record of round {count}, got {record.kind} of round {record.round}")
+        if record.value("previous", bytes) != previous:
+            raise WireError("does not follow from the one before")
+    except WireError as error:
+        raise LedgerError(f"{where}: {error}") from None
+    return record
+
+
+def _head_of(path: Path) -> Path:
+    return path.with_name(path.name + HEAD_SUFFIX)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    file: IO[bytes] = path.open("r+b" if path.exists() else "x+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise LedgerError(f"ledger: {path} is being written by another process") from None
+    return file
+
+
+@contextmanager
+def _speaking(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"ledger: {path} cannot be read or written: {error}; the rounds before are safe"
+        ) from None
