@@ -34,6 +34,10 @@ EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
   ferret eval runs/gsm8k/model gsm8k/ --config runs/gsm8k/config.yaml --out runs/gsm8k-scores
 """
+REPLAY_EXAMPLES = """examples:
+  ferret replay MODEL runs/gsm8k rebuilt/
+  ferret replay MODEL gsm8k.ledger rebuilt/ --round 5
+"""
 COMPARE_EXAMPLES = """examples:
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/two --variants fedavg,ferret
@@ -130,6 +134,28 @@ def eval_parser() -> argparse.ArgumentParser:
     parser.add_argument(model.key, metavar="MODEL", help=model.help)
     parser.add_argument(data.key, metavar="DATA", help=data.help)
     _add_settings(parser, rest)
+    return parser
+
+
+def replay_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ferret replay",
+        description=textwrap.fill(
+            "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
+            "transformers. No data and no training is needed."
+        ),
+        epilog=REPLAY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "base", metavar="BASE", help="folder or hub name of the model that the run began with"
+    )
+    parser.add_argument("ledger", metavar="LEDGER", type=Path, help="a ledger, or the folder of a run")
+    parser.add_argument("out", metavar="OUT", help="folder for the model")
+    parser.add_argument("--round", type=int, help="as the model stood after this round; default the last")
+    parser.add_argument("--head", metavar="SHA256", help="the last record's, if known from elsewhere")
+    parser.add_argument("--overwrite", action="store_true", help="replace a former model in OUT")
     return parser
 
 
@@ -276,6 +302,24 @@ def run_evaluation(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_replay(options: argparse.Namespace) -> int:
+    """One model rebuilt and saved."""
+    from ferret_ext.federated import adapters
+    from ferret_ext.federated.console import Lines
+    from ferret_ext.federated.replay import replay
+    from ferret_ext.federated.report import ModelFolder
+
+    folder = ModelFolder(configuration.SimulationConfig(out=options.out), options.overwrite)
+    console = _console()
+    replayed = replay(options.base, options.ledger, options.round, options.head)
+    folder.begin()
+    with folder.writing():
+        adapters.save(replayed.model, replayed.tokenizer, folder.path)
+    verdict = "its weights are the run's to the bit" if replayed.verified else "the ledger has no digests"
+    Lines(console).say(f"round {replayed.round}: {verdict}\nresults: {folder.path}")
+    return 0
+
+
 def _console(plain_width: int = PLAIN_WIDTH) -> Console:
     """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
     import transformers
@@ -293,4 +337,5 @@ COMMANDS = {
     "simulate": Command("run all clients in this process", simulate_parser, run_simulation),
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
+    "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
 }

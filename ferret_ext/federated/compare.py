@@ -1,7 +1,7 @@
 """Several algorithms on one task: the same first model, data, order of data and evaluation for all of them.
 
 Each run is a process of its own, one at a time, so that its peak memory is its own. Runs that are finished
-stay; a comparison that was interrupted goes on with the next one.
+stay; a comparison that was interrupted goes on in the middle of the run that it was at.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.config import SimulationConfig
+from ferret_ext.federated.journal import HEAD
 from ferret_ext.federated.plot_comparison import save_comparison_plot
 from ferret_ext.federated.settings import ConfigError, Setting, flatten, read_yaml
 
@@ -44,15 +45,25 @@ class Run:
         """
         if not (self.folder / "run.json").exists():
             return False
-        saved, wanted = dict(read_yaml(self.folder / "config.yaml")), dict(flatten(asdict(self.config)))
-        different = [key for key in wanted if saved.get(key) != _plain(wanted[key])]
+        different = self._different()
         if different and not overwrite:
-            key = different[0]
+            key, saved, wanted = different[0]
             raise ConfigError(
-                f"out: {self.folder} holds a finished run with {key} {saved.get(key)!r}, expected "
-                f"{_plain(wanted[key])!r}; choose another folder, or --overwrite"
+                f"out: {self.folder} holds a finished run with {key} {saved!r}, expected {wanted!r}; choose "
+                "another folder, or --overwrite"
             )
         return not different
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds part of this run, which can be resumed."""
+        return (self.folder / HEAD).exists() and not self._different()
+
+    def _different(self) -> list[tuple[str, Any, Any]]:
+        """The settings in which the folder's run differs: key, the folder's value, this run's."""
+        saved, wanted = dict(read_yaml(self.folder / "config.yaml")), dict(flatten(asdict(self.config)))
+        pairs = ((key, saved.get(key), _plain(value)) for key, value in wanted.items())
+        return [(key, theirs, ours) for key, theirs, ours in pairs if theirs != ours]
 
 
 def plan(
@@ -78,7 +89,8 @@ def carry_out(run: Run) -> str:
     wanted = run.folder.with_suffix(".yaml")
     run.config.save(wanted)
     ferret = [sys.executable, "-m", "ferret_ext.federated"]
-    status = subprocess.run([*ferret, "simulate", "--config", str(wanted), "--overwrite"]).returncode
+    how = "--resume" if run.begun else "--overwrite"
+    status = subprocess.run([*ferret, "simulate", "--config", str(wanted), how]).returncode
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     wanted.unlink()

@@ -205,6 +205,15 @@ class EvaluationFolder(ResultFolder):
         _append(self.path / "samples.jsonl", map(asdict, evaluation.samples))
 
 
+class ModelFolder(ResultFolder):
+    """The folder of a model for transformers."""
+
+    results = (
+        *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    )
+
+
 def peak_memory() -> int:
     """Bytes that this process has held at most: on the GPU where one was used, else of resident memory."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
