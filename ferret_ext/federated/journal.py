@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,16 @@ class FolderJournal:
                 self._ledger.append(opening_record(server, self._genesis))
             return
         self._ledger = Ledger.open(path)
-        records = list(ledger.read(path))
-        self._check_run(records[0], server)
+        self._check_run(self._ledger[0], server)
         if not self.measured:
             yield Outcome(0)
-        for record in records[self._skip(server, records) :]:
+        for round_ in range(self._skip(server, self._ledger), len(self._ledger)):
+            record = self._ledger[round_]
             replay(server, record)
-            if record.round >= len(self.measured):
+            self._release(server, round_ - 1)
+            if round_ >= len(self.measured):
                 yield self._with_seconds(outcome_of(record))
-        self._optimizers.load(len(records) - 1)
+        self._optimizers.load(len(self._ledger) - 1)
 
     def commit(self, server: Server[Any], outcome: Outcome) -> None:
         """See `rounds.Journal`. Raises LedgerError."""
@@ -104,6 +106,7 @@ class FolderJournal:
             self._optimizers.save(outcome)
             self._write_seconds(outcome)
             self._ledger.append(record_of(server, outcome))
+            self._release(server, outcome.round - 1)
             self._optimizers.prune(outcome)
             self._snapshots.save(server)
 
@@ -118,8 +121,13 @@ class FolderJournal:
                 f"ledger: expected the run that {self._folder} holds, got one of other settings"
             )
 
-    def _skip(self, server: Server[Any], records: Sequence[Message]) -> int:
-        """Jumps over rounds that need no measuring, as far as can be; the first record to go through."""
+    def _release(self, server: Server[Any], round_: int) -> None:
+        """Has the server read a former round's broadcast from the ledger, should a client come late."""
+        assert self._ledger is not None, "release before replay"
+        server.release(round_, partial(self._ledger.broadcast, round_))
+
+    def _skip(self, server: Server[Any], records: Ledger) -> int:
+        """Jumps over rounds that need no measuring, as far as can be; the first round to go through."""
         newest, measured = len(records) - 1, len(self.measured)
         if server.algorithm.self_contained:
             first = max(1, min(measured, newest))
@@ -127,8 +135,10 @@ class FolderJournal:
             return first
         for snapshot in self._snapshots.newest(server, limit=min(measured - 1, newest)):
             if snapshot.fits(records[snapshot.round]):
-                broadcasts = [record.value("broadcast", bytes) for record in records[1 : snapshot.round + 1]]
-                server.restore(snapshot.weights, snapshot.state, broadcasts, records[snapshot.round].weights)
+                for round_ in range(1, snapshot.round + 1):
+                    server.recall(records.broadcast(round_))
+                    self._release(server, round_ - 1)
+                server.restore(snapshot.weights, snapshot.state, records[snapshot.round].weights)
                 return snapshot.round + 1
         return 1
 
@@ -150,14 +160,16 @@ class FolderJournal:
 
 def opening_record(server: Server[Any], genesis: Genesis) -> Message:
     """Round 0's record."""
-    values: Values = {"broadcast": server.broadcasts[0], "base": genesis.base, "config": genesis.config}
+    (opening,) = server.broadcasts_since(0)
+    values: Values = {"broadcast": opening, "base": genesis.base, "config": genesis.config}
     return message_of(server, values)
 
 
 def record_of(server: Server[Any], outcome: Outcome) -> Message:
     """The record of the round that the server has come to."""
+    (newest,) = server.broadcasts_since(outcome.round)
     values: dict[str, wire.Value] = {
-        "broadcast": server.broadcasts[-1],
+        "broadcast": newest,
         **{name: np.array(getattr(outcome, name), np.uint32) for name in ("clients", "left_out", "accepted")},
         "rejected": np.array([rejection.client for rejection in outcome.rejected], np.uint32),
         "reasons": [rejection.reason.encode() for rejection in outcome.rejected],

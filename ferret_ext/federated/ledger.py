@@ -51,8 +51,9 @@ class Head:
 class Ledger:
     """A ledger that is written. One process at a time holds it; closing lets others in."""
 
-    def __init__(self, path: Path, file: IO[bytes], head: Head) -> None:
+    def __init__(self, path: Path, file: IO[bytes], head: Head, places: list[int]) -> None:
         self._path, self._file, self.head = path, file, head
+        self._places = places  # where each record begins
 
     @classmethod
     def create(cls, path: Path) -> Ledger:
@@ -61,7 +62,7 @@ class Ledger:
             file = _locked(path)
             _head_of(path).unlink(missing_ok=True)
             file.truncate(0)
-        return cls(path, file, Head(0, 0, ZERO_HASH.hex()))
+        return cls(path, file, Head(0, 0, ZERO_HASH.hex()), [])
 
     @classmethod
     def open(cls, path: Path) -> Ledger:
@@ -71,9 +72,24 @@ class Ledger:
             raise LedgerError(f"ledger: expected {_head_of(path)}, got none")
         with _speaking(path):
             file = _locked(path)
-        for _ in read(path):
-            pass
-        return cls(path, file, head)
+        places = [0]
+        for record in read(path):
+            places.append(places[-1] + _LENGTH.size + len(wire.encode(record)))
+        return cls(path, file, head, places[:-1])
+
+    def __len__(self) -> int:
+        return self.head.records
+
+    def __getitem__(self, round_: int) -> Message:
+        """The record of a round that counts. Raises LedgerError."""
+        with _speaking(self._path):
+            self._file.seek(self._places[round_])
+            (length,) = _LENGTH.unpack(self._file.read(_LENGTH.size))
+            return wire.decode(self._file.read(length))
+
+    def broadcast(self, round_: int) -> bytes:
+        """What clients were relayed after a round that counts. Raises LedgerError."""
+        return self[round_].value("broadcast", bytes)
 
     def append(self, record: Message) -> None:
         """Writes a record; once this returns, it counts. Raises LedgerError, and then it does not.
@@ -94,6 +110,7 @@ class Ledger:
             text = json.dumps(vars(head)) + "\n"
             files.replace(_head_of(self._path), lambda path: path.write_text(text, "utf-8"))
         self.head = head
+        self._places.append(end - _LENGTH.size - len(data))
 
     def close(self) -> None:
         self._file.close()

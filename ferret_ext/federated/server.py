@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -18,10 +18,14 @@ from ferret_ext.federated.metrics import Rejection
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
 
+Broadcast = bytes | Callable[[], bytes]
+
 
 class Server(Generic[R]):
-    """The global model and the broadcasts that led to it, one a round from round 0 on; b"" for one that was
-    superseded."""
+    """The global model and the broadcasts that led to it, one a round from round 0 on.
+
+    A broadcast is b"" when it was superseded, and a call that gives it where it is kept elsewhere.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,9 @@ class Server(Generic[R]):
         self.replica.run = run
         if verify_weights:
             self.replica.weights = digests.together(digests.of_each(self.replica.params))
-        self.broadcasts = [algorithm.open(self.replica)]
-        algorithm.rebuild(self.replica, self.broadcasts[0])
+        opening = algorithm.open(self.replica)
+        self.broadcasts: list[Broadcast] = [opening]
+        algorithm.rebuild(self.replica, opening)
         self._clients = clients
         self._num_chosen = max(1, round(fraction * len(clients)))
         self._seed = seed
@@ -56,7 +61,13 @@ class Server(Generic[R]):
 
     def broadcasts_since(self, seen: int) -> list[bytes]:
         """What a client that has received `seen` broadcasts is still to receive."""
-        return [broadcast for broadcast in self.broadcasts[seen:] if broadcast]
+        kept = (it if isinstance(it, bytes) else it() for it in self.broadcasts[seen:])
+        return [broadcast for broadcast in kept if broadcast]
+
+    def release(self, round_: int, stored: Callable[[], bytes]) -> None:
+        """Keeps a round's broadcast out of memory: `stored` gives it when it is needed again."""
+        if self.broadcasts[round_]:
+            self.broadcasts[round_] = stored
 
     def apply(self, chosen: Collection[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
         """w_r from what the round's clients sent: the updates that count, and what was rejected.
@@ -72,10 +83,13 @@ class Server(Generic[R]):
         self.algorithm.rebuild(self.replica, broadcast)
         self._recall(broadcast)
 
-    def restore(
-        self, weights: Sequence[Tensor], state: Message, broadcasts: Sequence[bytes], digest: bytes
-    ) -> None:
-        """Jumps to the round that weights and the replica's state are of, with rounds 1 .. r's broadcasts.
+    def recall(self, broadcast: bytes) -> None:
+        """Takes note of the broadcast of a round that counted before, whose weights come from elsewhere."""
+        self.replica.round += 1
+        self._recall(broadcast)
+
+    def restore(self, weights: Sequence[Tensor], state: Message, digest: bytes) -> None:
+        """Takes the weights and the replica's state as they were after the last round that was recalled.
 
         digest: of the weights, as `replica.weights` has it.
         """
@@ -84,9 +98,6 @@ class Server(Generic[R]):
             for param, value in zip(self.replica.params, weights, strict=True):
                 param.copy_(value)
         self.replica.weights = digest
-        for broadcast in broadcasts:
-            self.replica.round += 1
-            self._recall(broadcast)
 
     def skip(self, rounds: int) -> None:
         """Leaves out rounds that counted before, whose broadcasts nobody needs (see `self_contained`)."""
