@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 REFUSED = 2
 INTERRUPTED = 130
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
+LESS_MEMORY = (
+    "less is needed with a smaller training.per_device_train_batch_size or dataset.max_length, with "
+    "training.gradient_checkpointing=true, or with dtype=bfloat16"
+)
 PLAIN_WIDTH, COMPARISON_WIDTH = 100, 160  # of tables where the output is no terminal
 
 SIMULATE_EXAMPLES = """examples:
@@ -76,6 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ferret {chosen.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        reason = str(error).partition("\n")[0][:200] or "out of memory"
+        print(f"ferret {chosen.command}: error: {reason}; {LESS_MEMORY}", file=sys.stderr)
+        return REFUSED
 
 
 def simulate_parser() -> argparse.ArgumentParser:

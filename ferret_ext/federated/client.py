@@ -151,7 +151,10 @@ def _prepare(model: Any, config: TrainingConfig) -> None:
     if config.gradient_checkpointing and not any(
         getattr(part, "gradient_checkpointing", False) for part in model.modules()
     ):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"training.gradient_checkpointing: expected false: {error}") from None
     if config.torch_compile and model._compiled_call_impl is None:
         model.compile()
 

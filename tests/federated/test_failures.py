@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL
 from federation import federate, flat, toy, train
-from toy import examples
+from toy import examples, tiny_model
 
 from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret
-from ferret_ext.federated.client import DivergedError
+from ferret_ext.federated.cli import main
+from ferret_ext.federated.client import DivergedError, LocalTrainer
 from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
 from ferret_ext.federated.engines.in_process import InProcessClients, client_weights
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.rounds import Evaluate, run_rounds
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.settings import ConfigError
 
 BAD = {1}
 
@@ -152,3 +156,42 @@ def test_clients_count_by_what_the_setting_says(by: Any, size: int, expected: Se
     assert client_weights(config, fedavg(train), shards) == expected
     if by == "auto":
         assert client_weights(config, ferret(train), shards) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has .."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_with_what_helps(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: Any) -> float:
+        raise error
+
+    monkeypatch.setattr(LocalTrainer, "train", too_large)
+    assert main(["simulate", *SMALL, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "ferret simulate: error:" in said
+    assert "memory" in said
+    assert "training.per_device_train_batch_size" in said
+
+
+def test_other_errors_keep_their_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> float:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(LocalTrainer, "train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["simulate", *SMALL, "--out", str(tmp_path)])
+
+
+def test_a_model_that_cannot_be_checkpointed_is_a_setting_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    trainer = LocalTrainer(TrainingConfig(gradient_checkpointing=True), 0)
+    with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing: expected false: Llama"):
+        trainer.train(model, examples(1), 0)

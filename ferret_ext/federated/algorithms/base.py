@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -178,7 +178,7 @@ class Algorithm(ABC, Generic[R]):
         From any earlier round, where broadcasts are self-contained. Raises WireError for bytes that are not
         this broadcast, and DisagreementError where the weights are not those that it says it leads to.
         """
-        message = wire.decode(broadcast)
+        message = wire.decode(broadcast, copy=False)
         check(self.name, "broadcast", "algorithm", self.name, message.algorithm)
         check(self.name, "broadcast", "kind", "broadcast", message.kind)
         if replica.run != wire.NO_DIGEST:
@@ -306,26 +306,26 @@ def pack(tensors: Iterable[Tensor]) -> Values:
     return {str(index): array(tensor) for index, tensor in enumerate(tensors)}
 
 
-def unpack(message: Message, like: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What `pack` made, in the shapes and on the devices of `like`, one at a time; WireError for anything
-    else."""
+def check_packed(message: Message, like: Sequence[Tensor]) -> None:
+    """Raises WireError unless the message has what `pack` makes of such tensors."""
     if len(message.values) != len(like):
         raise WireError(f"{message.algorithm}: expected {len(like)} tensors, got {len(message.values)}")
-    for index, model in enumerate(like):
-        yield unpack_one(message, index, model)
+    for index, tensor in enumerate(like):
+        _packed(message, index, tensor)
 
 
-def unpack_one(message: Message, index: int, like: Tensor) -> Tensor:
-    """The tensor of this index of what `pack` made; WireError if there is none such."""
-    half = like.dtype == torch.bfloat16
-    array = packed_array(message, index, like)
-    copy = torch.from_numpy(array.view("<u2").copy() if half else array.copy())
-    flat = copy.view(torch.bfloat16) if half else copy
+def unpack(message: Message, index: int, like: Tensor) -> Tensor:
+    """The tensor of this index of what `pack` made, in the shape and on the device of `like`."""
+    array = _packed(message, index, like).copy()
+    if like.dtype == torch.bfloat16:
+        flat = torch.from_numpy(array.view("<u2")).view(torch.bfloat16)
+    else:
+        flat = torch.from_numpy(array)
     return flat.view(like.shape).to(like.device)
 
 
-def packed_array(message: Message, index: int, like: Tensor) -> wire.Array:
-    """The flat array of this index of what `pack` made; WireError if there is none such."""
+def _packed(message: Message, index: int, like: Tensor) -> wire.Array:
+    """The flat array of this index; WireError if there is none such."""
     half = like.dtype == torch.bfloat16
     dtype = wire.BFLOAT16 if half else torch.empty(0, dtype=like.dtype).numpy().dtype
     return message.array(str(index), dtype, (like.numel(),))

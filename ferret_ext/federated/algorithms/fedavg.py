@@ -19,10 +19,10 @@ from ferret_ext.federated.algorithms.base import (
     Replica,
     Train,
     Values,
+    check_packed,
     pack,
     trainable,
     unpack,
-    unpack_one,
 )
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.metrics import Stopwatch
@@ -58,18 +58,18 @@ class FedAvg(Algorithm[Replica]):
             return pack(start - param for start, param in pairs), loss
 
     def check_values(self, replica: Replica, update: Message) -> None:
-        for _ in unpack(update, replica.params):
-            pass
+        check_packed(update, replica.params)
 
     def combine(self, replica: Replica, updates: Updates) -> Values:
         def stepped(index: int, param: Tensor) -> Tensor:
-            mean = updates.average(partial(unpack_one, index=index, like=param))
+            mean = updates.average(partial(unpack, index=index, like=param))
             return (param.to(mean.dtype) - self.server_learning_rate * mean).to(param.dtype)
 
         with torch.no_grad():
             return pack(stepped(index, param) for index, param in enumerate(replica.params))
 
     def advance(self, replica: Replica, broadcast: Message) -> None:
+        check_packed(broadcast, replica.params)
         with torch.no_grad():
-            for param, weight in zip(replica.params, list(unpack(broadcast, replica.params)), strict=True):
-                param.copy_(weight)
+            for index, param in enumerate(replica.params):
+                param.copy_(unpack(broadcast, index, param))
