@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ferret_ext import __version__, cpu_capability
 from ferret_ext.federated import adapters, files, journal
@@ -71,10 +72,10 @@ class ResultFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns an OSError into a ConfigError that names the folder."""
+        """Turns an error in writing into a ConfigError that names the folder."""
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"out: expected a folder that can be written, got {self._config.out!r}: {error}"
             ) from None
@@ -171,8 +172,9 @@ class RunFolder(ResultFolder):
         """Adds a round to metrics.jsonl and its samples to samples.jsonl; the first one begins the folder."""
         if not self.begun:
             self.begin()
-        _append(self.path / "samples.jsonl", ({"round": metrics.round, **asdict(it)} for it in samples))
-        _append(self.metrics, [asdict(metrics)])
+        with self.writing():
+            _append(self.path / "samples.jsonl", ({"round": metrics.round, **asdict(it)} for it in samples))
+            _append(self.metrics, [asdict(metrics)])
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
         """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""

@@ -92,10 +92,10 @@ def test_bytes_in_metrics_are_the_lengths_of_the_messages(
         before = list(self._seen)
         replies = original(self, watcher, round_, clients, server)
         sent[round_] = sum(len(reply.payload) for reply in replies)
-        received[round_] = sum(len(b) for c in clients for b in server.broadcasts[before[c] :])
+        received[round_] = sum(len(b) for c in clients for b in server.broadcasts_since(before[c]))
         for client, reply in zip(clients, replies, strict=True):
             assert wire.decode(reply.payload).client == client
-            relayed = [wire.decode(b).round for b in server.broadcasts[before[client] :]]
+            relayed = [wire.decode(b).round for b in server.broadcasts_since(before[client])]
             rounds_of.setdefault(client, []).extend(relayed)
         return replies
 

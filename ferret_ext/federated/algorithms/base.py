@@ -37,7 +37,7 @@ class Replica:
 
     params: the trainable parameters, changed in place. start: a client's copy of them as its round began.
     run: names the run; a client learns it from round 0's broadcast. weights: the digest of the parameters
-    after `round`, zeros where nobody compares them.
+    after `round`, zeros where nobody compares them. marked: the round whose parameters are the start.
     """
 
     model: Any
@@ -46,6 +46,7 @@ class Replica:
     start: list[Tensor] = field(default_factory=list)
     run: bytes = wire.NO_DIGEST
     weights: bytes = wire.NO_DIGEST
+    marked: int = -1
 
     @property
     def digest(self) -> bytes:
@@ -233,11 +234,13 @@ class Algorithm(ABC, Generic[R]):
         watch = Stopwatch()
         received = sum(map(len, broadcasts))
         try:
+            replica.rewind()  # nothing that a client of its own would do
             with watch("rebuild"):
-                replica.rewind()
                 for broadcast in broadcasts:
                     self.rebuild(replica, broadcast)
-                replica.mark()
+                if replica.marked != replica.round:
+                    replica.mark()
+                    replica.marked = replica.round
             payload, loss = self.train_and_encode(replica, data, watch)
         except DisagreementError as error:
             return Reply(data.client, self._dissent(replica, data, error.digests), received, math.nan, watch)
