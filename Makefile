@@ -10,6 +10,7 @@ CUDA_TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
 
 pip_install := pip install $(if $(CI),-q)
+comma := ,
 bin := $(abspath $(VENV))/bin
 cuda_bin := $(abspath $(CUDA_VENV))/bin
 native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
@@ -30,7 +31,7 @@ test: $(VENV)/package
 test-all: $(VENV)/package
 	$(bin)/pytest $(PYTEST_ARGS)
 
-# make cpp-test   the C++ tests: as released, then with AddressSanitizer and UndefinedBehaviorSanitizer
+# make cpp-test   the C++ tests: as released, with AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer
 define ctest
 $(bin)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja -DPython_EXECUTABLE=$(bin)/python \
 	-DFERRET_BINDINGS=OFF -DFERRET_CUDA=OFF -DFERRET_TESTS=ON -DFERRET_WERROR=ON $(2)
@@ -39,7 +40,8 @@ $(bin)/ctest --test-dir $(1) --output-on-failure --parallel 2
 endef
 cpp-test: $(VENV)/tools
 	$(call ctest,build/cpp-release,)
-	$(call ctest,build/cpp-sanitized,-DFERRET_SANITIZE=ON)
+	$(call ctest,build/cpp-sanitized,-DFERRET_SANITIZE=address$(comma)undefined)
+	$(call ctest,build/cpp-threads,-DFERRET_SANITIZE=thread)
 
 # make arm-test   the C++ tests compiled for 64-bit ARM and run under an emulator
 arm-test: $(VENV)/tools

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,15 @@ def _load_libraries() -> None:
 
 _load_libraries()
 _ops: Any = torch.ops.ferret
+
+
+def _keep_to_one_thread() -> None:
+    """In a forked child: torch's threads are the parent's, and a thread that had called them would hang."""
+    if _ops.threads_in_use():
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_keep_to_one_thread)
 
 
 def project(
@@ -261,9 +271,9 @@ def _apply_in_place(
     wide = any(tensor.dtype == torch.float64 for tensor in (gammas, *dense))
     gammas = gammas.detach().to(torch.float64 if wide else torch.float32).contiguous()
     _ops.apply_blocks_(dense, blocks, pieces, gammas, seeds, weights, alpha, kind)
-    for target, changed in zip(targets, dense, strict=True):
-        if not target.is_contiguous():
-            target.copy_(changed)
+    strided = [i for i, target in enumerate(targets) if not target.is_contiguous()]
+    if strided:  # in one call: between two an interrupt could leave half a model
+        torch._foreach_copy_([targets[i] for i in strided], [dense[i] for i in strided])
     if not torch.compiler.is_compiling():  # else functionalization has seen the change
         torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <vector>
 
 #include "../core/job.h"
@@ -34,6 +35,16 @@ inline ScalarType working_type(bool wide) { return wide ? ScalarType::Double : S
 inline Basis basis_of(const char* op, int64_t kind) {
   STD_TORCH_CHECK(kind >= 1 && kind <= 3, op, ": basis kind must be 1, 2 or 3, got ", kind);
   return static_cast<Basis>(kind);
+}
+
+// make() takes memory from torch, whose own error loses its text on the way through the stable ABI.
+template <class F>
+Tensor allocated(const char* op, F make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, op, ": out of memory (or, on a GPU, an earlier call failed)");
+  }
 }
 
 // References to tensors that all live on one device; Tensors stay alive in the caller.
@@ -144,7 +155,7 @@ struct Operators {
                             const std::vector<Tensor>& before, const Tensor& like, int64_t total, int64_t seed,
                             int64_t kind) {
     const bool wide = any_float64(now) || any_float64(before);
-    Tensor gamma = torch::stable::new_zeros(like, {total}, working_type(wide));
+    Tensor gamma = allocated(op, [&] { return torch::stable::new_zeros(like, {total}, working_type(wide)); });
     const auto now_refs = references(op, now, like.get_device_index());
     const auto before_refs = references(op, before, like.get_device_index());
     STD_TORCH_CHECK(before.empty() || before.size() == now.size(), op, ": expected as many old tensors as new ones");
@@ -163,7 +174,7 @@ struct Operators {
 
   static Tensor project(Tensor delta, int64_t seed, int64_t k, int64_t kind, int64_t offset, int64_t numel) {
     const SinglePlan plan("project", offset, delta.numel(), numel, k);
-    delta = torch::stable::contiguous(delta);
+    delta = allocated("project", [&] { return torch::stable::contiguous(delta); });
     return project_job("project", plan.plan(), {delta}, {}, delta, k, seed, kind);
   }
 
@@ -188,10 +199,10 @@ struct Operators {
                             ScalarType dtype) {
     STD_TORCH_CHECK(gamma.dim() == 1, "reconstruct: gamma must have one dimension, got ", gamma.dim());
     const SinglePlan plan("reconstruct", offset, count, numel, gamma.size(0));
-    gamma = torch::stable::contiguous(gamma);
     const bool wide = dtype == ScalarType::Double || gamma.scalar_type() == ScalarType::Double;
-    gamma = torch::stable::to(gamma, working_type(wide));
-    Tensor out = torch::stable::new_empty(gamma, {count}, dtype);
+    gamma = allocated("reconstruct",
+                      [&] { return torch::stable::to(torch::stable::contiguous(gamma), working_type(wide)); });
+    Tensor out = allocated("reconstruct", [&] { return torch::stable::new_empty(gamma, {count}, dtype); });
     apply_job("reconstruct", plan.plan(), {out}, gamma, {{static_cast<uint64_t>(seed), 1.0}}, 1.0, kind, true);
     return out;
   }

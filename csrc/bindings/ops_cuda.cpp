@@ -27,8 +27,8 @@ CUstream_st* current_stream(const Tensor& tensor) {
 }
 
 // Freed when it leaves scope: the allocator hands memory out again only to work behind this one on the same stream.
-Tensor workspace_of(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+Tensor workspace_of(const char* op, const Tensor& like, size_t bytes) {
+  return allocated(op, [&] { return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte); });
 }
 
 void check(const char* op, cuda::Status status) {
@@ -53,7 +53,7 @@ struct Cuda {
     const NvtxRange range("ferret::project" + shape_of(job.plan));
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
     const size_t bytes = cuda::project_workspace(job);
-    const Tensor workspace = workspace_of(like, bytes);
+    const Tensor workspace = workspace_of("project", like, bytes);
     check("project", cuda::project(job, workspace.data_ptr(), bytes, current_stream(like)));
   }
 
@@ -61,7 +61,7 @@ struct Cuda {
     const NvtxRange range("ferret::apply" + shape_of(job.plan) + " N=" + std::to_string(job.num_updates));
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
     const size_t bytes = cuda::apply_workspace(job);
-    const Tensor workspace = workspace_of(like, bytes);
+    const Tensor workspace = workspace_of("apply", like, bytes);
     check("apply", cuda::apply(job, workspace.data_ptr(), bytes, current_stream(like)));
   }
 

@@ -19,7 +19,8 @@ struct Threads {
 // Results do not depend on `threads`. A non-finite element makes its block's coordinates NaN.
 void project(const ProjectJob& job, const Threads& threads);
 
-// If a coordinate is not finite: with `overwrite` all elements become NaN; else false, with every parameter untouched.
+// If a coordinate is not finite: with `overwrite` all elements become NaN; else false, with every parameter untouched. Memory is
+// taken before the first element is written, so std::bad_alloc leaves every parameter untouched too.
 bool apply(const ApplyJob& job, const Threads& threads);
 
 void basis(const BasisJob& job, const Threads& threads);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <exception>
 
 #include "cpu.h"
 #include "kernels.h"
@@ -28,15 +29,23 @@ class DefaultFloatingPoint {
 };
 
 // f(task) for every task in [0, tasks), on all threads; a thread takes runs of tasks so that the counter stays cool.
+// What a task throws (memory may run out) ends the others and is thrown here, since it must not leave a thread of the caller's pool.
 template <class F>
 void for_each_task(const Threads& threads, int64_t tasks, F f) {
   if (tasks <= 0) return;
   const int64_t run = std::max<int64_t>(1, tasks / (64 * std::max(1, threads.count)));
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   const auto worker = [&] {
     const DefaultFloatingPoint environment;
-    for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
-      for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) f(task);
+    try {
+      for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
+        for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) f(task);
+      }
+    } catch (...) {
+      next.store(tasks);
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   };
   if (threads.count <= 1 || tasks == 1) {
@@ -44,6 +53,7 @@ void for_each_task(const Threads& threads, int64_t tasks, F f) {
   } else {
     threads.run(worker);
   }
+  if (error) std::rethrow_exception(error);
 }
 
 // The pieces of one block, and the stream elements they span.

@@ -2,21 +2,13 @@
 #include <cfenv>
 #include <cmath>
 #include <limits>
-#include <thread>
 
-#include "cpu/cpu.h"
 #include "golden.h"
+#include "threads.h"
 
 using namespace ferret;
 using testing::check;
-
-static cpu::Threads threads(int count) {
-  return {count, [count](const std::function<void()>& worker) {
-            std::vector<std::thread> pool;
-            for (int i = 0; i < count; ++i) pool.emplace_back(worker);
-            for (std::thread& thread : pool) thread.join();
-          }};
-}
+using testing::threads;
 
 struct Cpu {
   int count;
