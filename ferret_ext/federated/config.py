@@ -254,12 +254,21 @@ class RobustConfig:
     )
     clip_ratio: float = option(1.0, "norm-clip: the multiple of the median norm that is clipped to", above=0)
     trim: float = option(
-        0.1, "trimmed-mean: share of the clients left out at either end", at_least=0, at_most=0.49
+        0.1,
+        "trimmed-mean: share of the clients left out at either end; of three or more at least one, unless 0",
+        at_least=0,
+        at_most=0.49,
     )
-    max_ratio: float = option(
-        1000.0, "updates are rejected whose norm or weight is more than this times the median's", at_least=1
+    max_norm_ratio: float = option(
+        1000.0, "updates are rejected whose norm is more than this times the median's", at_least=1
+    )
+    max_weight_ratio: float = option(
+        1000.0, "updates are rejected whose weight is more than this times the median's", at_least=1
     )
     quorum: int = option(1, "updates that a round must have taken in order to count", at_least=1)
+    on_dissent: Literal["stop", "reject"] = option(
+        "stop", "what happens if a client says that its weights are not the server's; reject goes on without"
+    )
 
 
 @dataclass(frozen=True)

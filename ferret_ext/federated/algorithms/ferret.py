@@ -34,6 +34,7 @@ from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
 
 BY_NORM = ("norm", "sqrt-norm", "mse")
+VALUES = ["contract", "gammas", "seed"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class Ferret(Algorithm[PlanReplica]):
         with torch.no_grad():
             ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.chosen_basis)
         if self.config.allocation in BY_NORM:
-            norms = block_norms(replica.plan, updates.messages)
+            squares = [share * factor for share, factor in zip(updates.shares, updates.factors, strict=True)]
+            gammas = [update.value("gammas", np.ndarray) for update in updates.messages]
+            norms = block_norms(replica.plan, gammas, squares)
             replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
 
     @property
@@ -109,10 +112,7 @@ class Ferret(Algorithm[PlanReplica]):
         check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
         check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
         update.array("gammas", "<f4", (replica.plan.K,))
-
-    def norm(self, replica: PlanReplica, update: Message) -> float:
-        """||delta|| up to a factor, from the coordinates."""
-        return math.hypot(*block_norms(replica.plan, [update]))
+        check(self.name, update.sender, "values", VALUES, sorted(update.values))  # all of it is relayed
 
     def seeds(self, message: Message) -> list[int]:
         if message.kind == "update":
@@ -128,19 +128,20 @@ class Ferret(Algorithm[PlanReplica]):
         return Updates([wire.decode(update) for update in received], received, factors)
 
 
-def block_norms(plan: ferret_ext.BlockPlan, updates: Sequence[Message]) -> list[float]:
-    """The root mean square over the clients of each block's ||delta_l||, from public coordinates alone.
+def block_norms(
+    plan: ferret_ext.BlockPlan, gammas: Sequence[wire.Array], weights: Sequence[float]
+) -> list[float]:
+    """The root of the weighted sum over the updates of each block's ||delta_l||^2, from public coordinates.
 
     E||gamma_l||^2 = ||delta_l||^2 / (rho_l K_l) and rho_l ~ 1 / d_l, so K_l / d_l ||gamma_l||^2 estimates
     ||delta_l||^2 without bias, up to a factor that all blocks share. Sums are exact (fsum), so that all
     parties get the same K_l.
     """
-    gammas = [(update.weight, update.array("gammas", "<f4", (plan.K,))) for update in updates]
     norms = []
     for block, start in zip(plan.blocks, plan.starts, strict=True):
         squares = (
             weight * gamma**2
-            for weight, values in gammas
+            for weight, values in zip(weights, gammas, strict=True)
             for gamma in values[start : start + block.k].astype(float).tolist()
         )
         norms.append(math.sqrt(block.k / block.numel * math.fsum(squares)))
