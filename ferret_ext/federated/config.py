@@ -138,6 +138,11 @@ class FerretConfig:
     basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
+    seeds: Literal["per-client", "shared-round"] = option(
+        "per-client",
+        "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
+        "that the server relays their mean alone, and robust.rule can be median or trimmed-mean",
+    )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
         "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
     )
@@ -383,6 +388,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
             f"{config.dataset.max_length}, got {limit}"
+        )
+    if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
+        raise ConfigError(
+            "ferret.seeds: expected per-client where ferret.mode is reference-code, which has seeds of its "
+            "own, got shared-round"
         )
     if config.zeroth_order.generator == "torch" and config.zeroth_order.perturbation == "layerwise":
         raise ConfigError(

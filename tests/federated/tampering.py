@@ -13,12 +13,13 @@ from federation import train
 
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.fedavg import FedAvg
-from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Rejection, RoundMetrics
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "ferret": lambda: Ferret(FerretConfig(K=40, allocation="norm"), 0.4, train),
+    "ferret-shared-round": lambda: SharedFerret(FerretConfig(K=40, allocation="norm"), 0.4, train, seed=3),
     "fedavg": lambda: FedAvg(0.4, train),
 }
 

@@ -39,14 +39,16 @@ def test_a_seed_counts_once_in_a_run_also_after_a_resume(way: str) -> None:
     server = fed.server
     if way != "went on":
         server = Server(fed.algorithm, toy(), range(3), 1.0, 0)
-        broadcasts = fed.server.broadcasts[1:]
+        broadcasts = fed.server.broadcasts_since(1)
         if way == "replayed":
             for broadcast in broadcasts:
                 server.replay(broadcast)
         else:
             replica = fed.server.replica
+            for broadcast in broadcasts:
+                server.recall(broadcast)
             state = Message("ferret", "record", replica.digest, 2, values=replica.state())
-            server.restore([p.detach().clone() for p in replica.params], state, broadcasts, replica.weights)
+            server.restore([p.detach().clone() for p in replica.params], state, replica.weights)
     assert server.admission.used == set(former)
     sent = [reply.payload for reply in fed.replies()]
     rejections = deliver(server, [changed(sent[0], {"seed": former[4]}), *sent[1:]])
