@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from ferret_ext.federated import digests, wire
@@ -16,6 +16,8 @@ from ferret_ext.federated.metrics import Rejection
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
 
+LONGEST_REASON = 300  # characters; a reason may quote what a client made up
+
 
 class Sent(NamedTuple):
     """What one client sent. client: who that was, as whatever carried the bytes knows it."""
@@ -24,16 +26,26 @@ class Sent(NamedTuple):
     payload: bytes
 
 
+class Taken(NamedTuple):
+    """An update that the round may take, as it came, and how large it is."""
+
+    message: Message
+    payload: bytes
+    norm: float
+
+
 @dataclass
 class Admission:
     """Takes updates one by one; what is wrong with one does not touch the others.
 
-    used: the seeds of all updates taken so far. An update along directions that its client chose after it had
-    seen others', or a replayed one, would carry a seed again.
+    equal_weights: clients count alike, and none may claim more. used: the seeds of all updates that counted
+    in former rounds. An update along directions that its client chose after it had seen others', or a
+    replayed one, would carry a seed again.
     """
 
     algorithm: Algorithm[Any]
     config: RobustConfig
+    equal_weights: bool = False
     used: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -44,31 +56,34 @@ class Admission:
             )
 
     def screen(
-        self, replica: Replica, chosen: Collection[int], sent: Sequence[Sent]
+        self, replica: Replica, chosen: Sequence[int], sent: Sequence[Sent]
     ) -> tuple[Updates, list[Rejection]]:
-        """The updates of the chosen clients that the round takes, and what it does not take.
+        """The updates of the chosen clients that the round takes, in the order of `chosen`, and what it does
+        not take. Nothing is remembered.
 
-        Raises DisagreementError where a client says that its weights are others, and QuorumError where fewer
-        updates are left than `robust.quorum`.
+        Raises DisagreementError where a client says that its weights are others, unless such clients are
+        rejected, and QuorumError where fewer updates are left than `robust.quorum`.
         """
-        taken: dict[int, tuple[Message, bytes]] = {}
+        taken: dict[int, Taken] = {}
         rejections = []
         for client, payload in sent:
             try:
                 message = wire.decode(payload, copy=False)
                 self._check(replica, message, client, chosen, taken)
             except WireError as error:
-                rejections.append(Rejection(client, str(error)))
+                rejections.append(_rejection(client, error))
                 continue
-            taken[client] = message, payload
-        sizes = {client: self.algorithm.norm(replica, message) for client, (message, _) in taken.items()}
-        for rejection in self._outsized(taken, sizes):
-            rejections.append(rejection)
-            del taken[rejection.client]
+            taken[client] = Taken(message, payload, self.algorithm.norm(replica, message))
+        for unfit in (self._too_long, self._too_heavy, self._repeated):
+            found = list(unfit(taken))
+            rejections += found
+            for rejection in found:
+                del taken[rejection.client]
         if len(taken) < self.config.quorum:
             raise QuorumError(_too_few(replica.round + 1, len(taken), self.config.quorum, rejections))
-        messages, received = zip(*taken.values(), strict=True)
-        factors = self._factors([sizes[client] for client in taken])
+        ordered = [taken[client] for client in chosen if client in taken]
+        messages, received, norms = zip(*ordered, strict=True)
+        factors = self._factors(norms)
         return Updates(messages, received, factors, self.config.rule, self.config.trim), rejections
 
     def remember(self, message: Message) -> None:
@@ -91,48 +106,78 @@ class Admission:
         if client in taken:
             raise WireError(f"client {client} has sent an update for round {replica.round + 1} already")
         if message.kind == "dissent":
-            _hear(replica, message)
+            self._hear(replica, message)
         self.algorithm.check_update(replica, message)
-        if again := self.used.intersection(self.algorithm.seeds(message)):
-            raise WireError(f"{message.sender} must have a new seed, got {again.pop()} again")
-        self.remember(message)
+        if self.equal_weights:
+            check(self.algorithm.name, message.sender, "weight", 1.0, message.weight)
 
-    def _outsized(
-        self, taken: dict[int, tuple[Message, bytes]], sizes: dict[int, float]
-    ) -> Iterator[Rejection]:
-        """Updates whose norm or weight stands out of all proportion to the others'."""
-        weights = {client: message.weight for client, (message, _) in taken.items()}
-        for what, of_each in (("norm", sizes), ("weight", weights)):
-            most = self.config.max_ratio * median(of_each.values()) if of_each else 0.0
-            for client, size in list(of_each.items()):
-                if size > most > 0:
-                    yield Rejection(client, f"{what} must be at most {most:.6g}, got {size:.6g}")
-                    weights.pop(client)
+    def _hear(self, replica: Replica, dissent: Message) -> None:
+        """Raises DisagreementError with the first parameter that differs, or WireError: for a dissent without
+        one, and where dissenting clients are rejected."""
+        text = _disagreement(replica, self.algorithm.name, dissent)
+        if self.config.on_dissent == "reject":
+            raise WireError(text)
+        raise DisagreementError(text)
 
-    def _factors(self, sizes: Sequence[float]) -> list[float]:
+    def _too_long(self, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
+        norms = {client: update.norm for client, update in taken.items()}
+        return _standing_out("norm", norms, self.config.max_norm_ratio)
+
+    def _too_heavy(self, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
+        weights = {client: update.message.weight for client, update in taken.items()}
+        return _standing_out("weight", weights, self.config.max_weight_ratio)
+
+    def _repeated(self, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
+        seen: set[int] = set()
+        for client, update in taken.items():
+            seeds = self.algorithm.seeds(update.message)
+            if again := [seed for seed in seeds if seed in self.used or seed in seen]:
+                sender = update.message.sender
+                yield Rejection(client, f"{sender} must have a new seed, got {again[0]} again")
+            seen.update(seeds)
+
+    def _factors(self, norms: Sequence[float]) -> list[float]:
         if self.config.rule != "norm-clip":
-            return [1.0] * len(sizes)
-        most = self.config.clip_ratio * median(sizes)
-        return [min(1.0, most / size) if size else 1.0 for size in sizes]
+            return [1.0] * len(norms)
+        most = self.config.clip_ratio * median_low(norms)
+        return [most / norm if norm > most else 1.0 for norm in norms]
 
 
-def _hear(replica: Replica, dissent: Message) -> None:
-    """Raises DisagreementError with the first parameter that differs, WireError for a dissent without one."""
+def _standing_out(what: str, sizes: Mapping[int, float], ratio: float) -> Iterator[Rejection]:
+    """What is out of all proportion to the others'. The lower median: of two, the smaller is the measure.
+
+    Where most are 0 there is no measure, and nothing stands out.
+    """
+    most = ratio * median_low(sizes.values()) if sizes else 0.0
+    for client, size in sizes.items():
+        if size > most > 0:
+            yield Rejection(client, f"{what} must be at most {most:.6g}, got {size:.6g}")
+
+
+def _disagreement(replica: Replica, name: str, dissent: Message) -> str:
+    """What a dissent says, in words. Raises WireError for one that says nothing, or not of this round."""
     for field_, ours, theirs in (
+        ("algorithm", name, dissent.algorithm),
         ("run", replica.run.hex(), dissent.run.hex()),
         ("round", replica.round + 1, dissent.round),
         ("digest", replica.digest.hex(), dissent.digest.hex()),
     ):
-        check(dissent.algorithm, dissent.sender, field_, ours, theirs)
+        check(name, dissent.sender, field_, ours, theirs)
     size, own = wire.DIGEST_BYTES, digests.of_each(replica.params)
     sent = dissent.array("digests", "u1", (len(own) * size,)).tobytes()
     each = [sent[start : start + size] for start in range(0, len(sent), size)]
     if each == own:
         raise WireError(f"{dissent.sender} has the same digests as the server")
     difference = digests.first_difference(list(trainable(replica.model)), own, each)
-    raise DisagreementError(
+    return (
         f"after round {replica.round} client {dissent.client} has other weights than the server: {difference}"
     )
+
+
+def _rejection(client: int, error: WireError) -> Rejection:
+    """In one line of bounded length: a name in a message may hold what would forge lines of a log."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    return Rejection(client, text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..")
 
 
 def _too_few(round_: int, count: int, quorum: int, rejections: Sequence[Rejection]) -> str:

@@ -107,7 +107,8 @@ def compare_parser() -> argparse.ArgumentParser:
         "compare",
         "Runs several variants on one task, each in a process of its own, and writes their table and plots. "
         "A comparison that was interrupted goes on where it stood when the command is repeated. A variant is "
-        f"an algorithm or {presets.REFERENCE_CODE}; settings of the command line hold for all of them.",
+        f"an algorithm, {presets.REFERENCE_CODE} or {presets.SHARED_ROUND}; settings of the command line "
+        "hold for all of them.",
         COMPARE_EXAMPLES,
     )
     parser.add_argument("--variants", type=_names, help="what is compared; by default the preset's variants")

@@ -138,6 +138,11 @@ class FerretConfig:
     basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
+    seeds: Literal["per-client", "shared-round"] = option(
+        "per-client",
+        "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
+        "that the server relays their mean alone, and robust.rule can be median or trimmed-mean",
+    )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
         "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
     )
@@ -254,12 +259,21 @@ class RobustConfig:
     )
     clip_ratio: float = option(1.0, "norm-clip: the multiple of the median norm that is clipped to", above=0)
     trim: float = option(
-        0.1, "trimmed-mean: share of the clients left out at either end", at_least=0, at_most=0.49
+        0.1,
+        "trimmed-mean: share of the clients left out at either end; of three or more at least one, unless 0",
+        at_least=0,
+        at_most=0.49,
     )
-    max_ratio: float = option(
-        1000.0, "updates are rejected whose norm or weight is more than this times the median's", at_least=1
+    max_norm_ratio: float = option(
+        1000.0, "updates are rejected whose norm is more than this times the median's", at_least=1
+    )
+    max_weight_ratio: float = option(
+        1000.0, "updates are rejected whose weight is more than this times the median's", at_least=1
     )
     quorum: int = option(1, "updates that a round must have taken in order to count", at_least=1)
+    on_dissent: Literal["stop", "reject"] = option(
+        "stop", "what happens if a client says that its weights are not the server's; reject goes on without"
+    )
 
 
 @dataclass(frozen=True)
@@ -374,6 +388,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
             f"{config.dataset.max_length}, got {limit}"
+        )
+    if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
+        raise ConfigError(
+            "ferret.seeds: expected per-client where ferret.mode is reference-code, which has seeds of its "
+            "own, got shared-round"
         )
     if config.zeroth_order.generator == "torch" and config.zeroth_order.perturbation == "layerwise":
         raise ConfigError(

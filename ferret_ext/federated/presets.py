@@ -1,7 +1,8 @@
 """Settings under a name: `--preset NAME` puts them below the YAML file and the command line.
 
 A preset may have more settings for single variants. A variant is an algorithm, or Ferret as its authors' code
-runs it ("ferret-reference-code"); `ferret compare` runs several.
+runs it ("ferret-reference-code"), or with one basis for all clients of a round ("ferret-shared-round");
+`ferret compare` runs several.
 
 The `paper/` presets hold the published hyper-parameters (arXiv 2409.06277, appendix); what is not published
 is marked "ours". The `small/` ones are their twins for a model of 260,000 parameters with 512 positions
@@ -16,6 +17,7 @@ from typing import Any
 from ferret_ext.federated.settings import Setting, flatten
 
 REFERENCE_CODE = "ferret-reference-code"
+SHARED_ROUND = "ferret-shared-round"
 Settings = Mapping[str, Any]
 
 
@@ -23,22 +25,24 @@ def settings_of(name: str, variant: str) -> list[Setting]:
     """The preset's settings for a variant, which need not be one that it knows."""
     preset = dict(PRESETS[name])
     variants: Settings = preset.pop("variants", {})
-    return [*flatten(preset), *flatten(variants.get(variant, {})), *choice_of(variant)]
+    kin = "ferret" if variant == SHARED_ROUND else variant
+    return [*flatten(preset), *flatten(variants.get(kin, {})), *choice_of(variant)]
 
 
 def choice_of(variant: str) -> list[Setting]:
     """The settings that make a run one of this variant."""
-    if variant == REFERENCE_CODE:
-        return [("algorithm", "ferret"), ("ferret.mode", "reference-code")]
-    return [("algorithm", variant), *([("ferret.mode", "paper")] if variant == "ferret" else [])]
+    return _FERRETS.get(variant, [("algorithm", variant)])
 
 
 def variant_of(settings: Iterable[Setting], default: str = "ferret") -> str:
     """The variant that settings choose."""
     chosen = dict(settings)
     algorithm = str(chosen.get("algorithm", default))
-    reference = chosen.get("ferret.mode") == "reference-code" and algorithm == "ferret"
-    return REFERENCE_CODE if reference else algorithm
+    if algorithm != "ferret":
+        return algorithm
+    if chosen.get("ferret.mode") == "reference-code":
+        return REFERENCE_CODE
+    return SHARED_ROUND if chosen.get("ferret.seeds") == "shared-round" else "ferret"
 
 
 def variants_of(name: str | None) -> list[str]:
@@ -46,6 +50,15 @@ def variants_of(name: str | None) -> list[str]:
     return list(PRESETS[name].get("variants", {})) if name else []
 
 
+_FERRETS: dict[str, list[Setting]] = {
+    "ferret": [("algorithm", "ferret"), ("ferret.mode", "paper"), ("ferret.seeds", "per-client")],
+    REFERENCE_CODE: [
+        ("algorithm", "ferret"),
+        ("ferret.mode", "reference-code"),
+        ("ferret.seeds", "per-client"),
+    ],
+    SHARED_ROUND: [("algorithm", "ferret"), ("ferret.mode", "paper"), ("ferret.seeds", "shared-round")],
+}
 _ZEROTH_ORDER = {"perturbation": "in_place", "learning_rate": 1e-4}
 _SCALAR_ROUNDS = {"per_device_train_batch_size": 4}
 _SMALL: dict[str, Any] = {

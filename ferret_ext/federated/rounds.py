@@ -102,7 +102,7 @@ def run_rounds(
         watcher.round_begins(round_, clients)
         replies = exchange(round_, clients, server)
         sent = [Sent(reply.client, reply.payload) for reply in replies if not reply.failure]
-        if not sent:
+        if replies and not sent:
             raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
         try:
             with watch("server"):
@@ -126,7 +126,8 @@ def _outcome(
     watch: Stopwatch,
 ) -> Outcome:
     accepted = [message.client for message in updates.messages]
-    losses = {reply.client: reply.train_loss for reply in replies}
+    losses = {(reply.client, reply.payload): reply.train_loss for reply in replies}
+    counted = zip(accepted, updates.received, strict=True)
     return Outcome(
         round=round_,
         clients=clients,
@@ -134,7 +135,7 @@ def _outcome(
         rejected=rejections,
         accepted=accepted,
         updates=[hashlib.sha256(payload).digest() for payload in updates.received],
-        train_loss=fmean(losses[client] for client in accepted),
+        train_loss=fmean(map(losses.__getitem__, counted)),
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
         seconds_local=sum(reply.watch["local"] for reply in replies),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -38,10 +38,12 @@ class Server(Generic[R]):
         run: bytes = wire.NO_DIGEST,
         robust: RobustConfig | None = None,
         verify_weights: bool = True,
+        equal_weights: bool = False,
     ) -> None:
-        """run: 8 bytes that name the run. robust, verify_weights: see the config. Raises ConfigError."""
+        """run: 8 bytes that name the run. robust, verify_weights: see the config. equal_weights: all clients
+        count alike. Raises ConfigError."""
         self.algorithm = algorithm
-        self.admission = Admission(algorithm, robust or RobustConfig())
+        self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights)
         self.replica = algorithm.replicate(model)
         self.replica.run = run
         if verify_weights:
@@ -69,13 +71,15 @@ class Server(Generic[R]):
         if self.broadcasts[round_]:
             self.broadcasts[round_] = stored
 
-    def apply(self, chosen: Collection[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
+    def apply(self, chosen: Sequence[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
         """w_r from what the round's clients sent: the updates that count, and what was rejected.
 
         Raises DisagreementError, QuorumError and NotFiniteError; the model stays as it is.
         """
         updates, rejections = self.admission.screen(self.replica, chosen, sent)
         self._keep(self.algorithm.server_apply(self.replica, updates))
+        for message in updates.messages:
+            self.admission.remember(message)
         return updates, rejections
 
     def replay(self, broadcast: bytes) -> None:

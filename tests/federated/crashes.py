@@ -32,7 +32,7 @@ from toy import examples
 
 from ferret_ext.federated import digests, snapshots
 from ferret_ext.federated.algorithms.fedavg import FedAvg
-from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.client import OptimizerStates
 from ferret_ext.federated.config import FerretConfig, LedgerConfig, SimulationConfig
 from ferret_ext.federated.engines.in_process import InProcessClients
@@ -46,6 +46,7 @@ from ferret_ext.federated.server import Server
 ROUNDS = 7
 MAKERS: dict[str, Callable[[Any], Any]] = {
     "ferret": lambda fit: Ferret(FerretConfig(K=40, allocation="norm"), 1.0, fit),
+    "ferret-shared-round": lambda fit: SharedFerret(FerretConfig(K=40, allocation="norm"), 1.0, fit, seed=3),
     "fedavg": lambda fit: FedAvg(1.0, fit),
 }
 State = tuple[bytes, list[dict[str, Any]], bytes, bytes]

@@ -171,6 +171,12 @@ def test_variants_stay_apart_whatever_the_command_line_says() -> None:
     own = [("ferret.mode", "reference-code")]
     assert presets.variant_of([*own, *presets.choice_of("ferret")]) == "ferret"
     assert presets.variant_of(own) == presets.REFERENCE_CODE
+    own = [("ferret.seeds", "shared-round")]
+    for variant in ("ferret", presets.REFERENCE_CODE, presets.SHARED_ROUND):
+        assert presets.variant_of([*own, *presets.choice_of(variant)]) == variant
+        assert build([("model", "m"), ("data", "d"), ("out", "o"), *own, *presets.choice_of(variant)])
+    shared, kin = (presets.settings_of("small/gsm8k", name) for name in (presets.SHARED_ROUND, "ferret"))
+    assert dict(shared) == {**dict(kin), "ferret.seeds": "shared-round"}
 
 
 def test_command_line_wins_over_a_variants_settings(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from federation import (
     Federation,
     assert_only_the_first_is_refused,
+    deliver,
     federate,
     flat,
     locally_trained,
@@ -20,19 +22,22 @@ from torch import Tensor, nn
 
 import ferret_ext
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
-from ferret_ext.federated.config import FerretConfig
+from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret, block_norms
+from ferret_ext.federated.config import FerretConfig, RobustConfig, build
 from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import WireError
 
 STEP = 0.4
+SEEDS = ("per-client", "shared-round")
 VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
 
 
 def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    algorithm = Ferret(FerretConfig(**{"K": 40, **settings}), STEP, train)
+    config = FerretConfig(**{"K": 40, **settings})
+    shared = config.seeds == "shared-round"
+    algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
     return federate(algorithm, model, verify_weights=verify_weights)
 
 
@@ -68,8 +73,9 @@ def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> 
 
 @pytest.mark.parametrize("basis", ["rademacher", "uniform", "gaussian"])
 @pytest.mark.parametrize("granularity", ["tensor", "packed", 30])
-def test_round_is_the_papers(basis: str, granularity: Any) -> None:
-    fed = federation(basis=basis, granularity=granularity)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_round_is_the_papers(basis: str, granularity: Any, seeds: str) -> None:
+    fed = federation(basis=basis, granularity=granularity, seeds=seeds)
     messages = fed.round()
     expected = federate_by_the_book(fed, messages, basis)
     torch.testing.assert_close(flat(fed.server.replica.params), expected, rtol=0, atol=2e-6)
@@ -77,8 +83,9 @@ def test_round_is_the_papers(basis: str, granularity: Any) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["size", "norm", "mse"])
-def test_clients_and_server_hold_the_same_bits(allocation: str) -> None:
-    fed = federation(allocation=allocation)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_clients_and_server_hold_the_same_bits(allocation: str, seeds: str) -> None:
+    fed = federation(allocation=allocation, seeds=seeds)
     for _ in range(3):
         fed.round()
     fed.catch_up()
@@ -88,8 +95,9 @@ def test_clients_and_server_hold_the_same_bits(allocation: str) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_a_client_that_comes_late_rebuilds_from_the_broadcasts() -> None:
-    fed = federation(allocation="norm")
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_a_client_that_comes_late_rebuilds_from_the_broadcasts(seeds: str) -> None:
+    fed = federation(allocation="norm", seeds=seeds)
     for _ in range(3):
         fed.round()
     late = fed.algorithm.replicate(toy())
@@ -100,8 +108,9 @@ def test_a_client_that_comes_late_rebuilds_from_the_broadcasts() -> None:
         fed.algorithm.rebuild(fed.algorithm.replicate(toy()), fed.server.broadcasts[2])
 
 
-def test_rounds_repeat_to_the_bit() -> None:
-    first, second = federation(), federation()
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_rounds_repeat_to_the_bit(seeds: str) -> None:
+    first, second = federation(seeds=seeds), federation(seeds=seeds)
     assert [first.round() for _ in range(2)] == [second.round() for _ in range(2)]
     assert torch.equal(flat(first.server.replica.params), flat(second.server.replica.params))
 
@@ -113,9 +122,10 @@ def test_seeds_differ_between_clients_and_rounds() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_clients_train_in_any_dtype(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_clients_train_in_any_dtype(dtype: torch.dtype, seeds: str) -> None:
     """The model moves, stays finite, and server and client agree; coordinates are float32 on the wire."""
-    fed = federation(toy().to(dtype))
+    fed = federation(toy().to(dtype), seeds=seeds)
     before = flat(fed.server.replica.params)
     messages = fed.round()
     fed.catch_up()
@@ -159,14 +169,14 @@ def test_block_norms_estimate_the_updates_norms() -> None:
     named = [(f"p{i}", nn.Parameter(tensor)) for i, tensor in enumerate(new)]
     plan = ferret_ext.BlockPlan.from_parameters(named, 3000)
     gammas = ferret_ext.project_difference(plan, old, new, 7)
-    update = wire.Message("ferret", "update", bytes(8), 1, values={"gammas": gammas.numpy()})
-    estimate = torch.tensor(block_norms(plan, [update]))
+    estimate = torch.tensor(block_norms(plan, [gammas.numpy()], [1.0]))
     exact = torch.tensor([tensor.norm().item() for tensor in new])
     assert ((estimate / exact - 1).abs() < 5 / (2 * 1000) ** 0.5).all()
 
 
-def test_allocation_by_norm_follows_the_last_round() -> None:
-    fed = federation(allocation="norm")
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_allocation_by_norm_follows_the_last_round(seeds: str) -> None:
+    fed = federation(allocation="norm", seeds=seeds)
     by_size = fed.server.replica.plan
     fed.round()
     plan = fed.server.replica.plan
@@ -253,3 +263,115 @@ def test_more_coordinates_than_parameters_are_allowed_and_said() -> None:
     assert wire.decode(message).values["gammas"].size == 9400
     assert error.norm() < 0.2 * delta.norm()  # sqrt(d / K) = 0.1
     assert federation(K=93).algorithm.notes(federation(K=93).client) == []
+
+
+# ---- one basis for all clients of a round ----
+
+
+def shared(**settings: Any) -> Federation:
+    return federation(seeds="shared-round", **settings)
+
+
+def test_a_rounds_clients_share_the_seed_that_was_announced() -> None:
+    """And no two rounds do."""
+    fed = shared()
+    rounds = [[wire.decode(message).value("seed", int) for message in fed.round()] for _ in range(4)]
+    announced = [wire.decode(broadcast).value("next_seed", int) for broadcast in fed.server.broadcasts]
+    assert rounds == [[seed] * 3 for seed in announced[:4]]
+    assert len(set(announced)) == 5
+
+
+@pytest.mark.parametrize("off", ["another", "the last round's"])
+def test_an_update_on_another_basis_is_refused(off: str) -> None:
+    fed = shared()
+    last = fed.server.replica.next_seed
+    fed.round()
+    sent = [reply.payload for reply in fed.replies()]
+    seed = wire.decode(sent[0]).value("seed", int)
+    bad = changed(sent[0], seed=seed + 1 if off == "another" else last)
+    assert_only_the_first_is_refused(
+        fed.server, [bad, *sent[1:]], f"client 0's update must have seed {seed}, got"
+    )
+
+
+def test_a_shared_broadcast_is_as_long_as_one_update_whatever_the_number_of_clients() -> None:
+    lengths = {}
+    for seeds in SEEDS:
+        for count in (2, 6):
+            fed = federation(K=400, seeds=seeds)
+            update = fed.round([1.0] * count)[0]
+            lengths[seeds, count] = len(fed.server.broadcasts[1]) / len(update)
+    assert lengths["shared-round", 2] == lengths["shared-round", 6] == pytest.approx(1, abs=0.02)
+    assert lengths["per-client", 6] == pytest.approx(6, abs=0.2)
+
+
+def test_a_shared_round_weighs_clients() -> None:
+    """The coordinates that are relayed are the weighted mean of those that were sent."""
+    fed = shared()
+    weights = [1.0, 2.0, 5.0]
+    sent = [wire.decode(message).values["gammas"] for message in fed.round(weights)]
+    relayed = wire.decode(fed.server.broadcasts[1]).values["gammas"]
+    np.testing.assert_allclose(relayed, np.average(sent, axis=0, weights=weights), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "middle"), [("median", np.median), ("trimmed-mean", np.median)])
+def test_a_shared_round_takes_the_middle_of_each_coordinate(rule: Any, middle: Any) -> None:
+    """Of three clients the trimmed mean keeps one."""
+    fed = shared()
+    server = Server(fed.algorithm, toy(), range(3), 1.0, 0, robust=RobustConfig(rule=rule, trim=0.34))
+    sent = [reply.payload for reply in fed.replies()]
+    assert not deliver(server, sent)
+    gammas = [wire.decode(message).values["gammas"] for message in sent]
+    relayed = wire.decode(server.broadcasts[1]).values["gammas"]
+    np.testing.assert_allclose(relayed, middle(gammas, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_server_that_is_resumed_goes_on_alike(seeds: str, restored: bool) -> None:
+    """From the replica's state and weights, or by the broadcasts; the next plan and seed come along."""
+    fed = federation(allocation="norm", seeds=seeds)
+    for _ in range(3):
+        fed.round()
+    old, new = fed.server, Server(fed.algorithm, toy(), range(3), 1.0, 0)
+    if restored:
+        state = wire.decode(wire.encode(wire.Message("x", "record", bytes(8), 3, values=old.replica.state())))
+        weights = [param.detach().clone() for param in old.replica.params]
+        for broadcast in old.broadcasts_since(1):
+            new.recall(broadcast)
+        new.restore(weights, state, old.replica.weights)
+    else:
+        for broadcast in old.broadcasts[1:]:
+            new.replay(broadcast)
+    messages = [reply.payload for reply in fed.replies()]
+    assert not deliver(old, messages)
+    assert not deliver(new, messages)
+    assert old.broadcasts == new.broadcasts
+    assert old.replica.state().keys() == new.replica.state().keys()
+    assert torch.equal(flat(old.replica.params), flat(new.replica.params))
+
+
+@pytest.mark.parametrize(("alike", "factor"), [(True, 8.0), (False, 1.0)])
+def test_noise_averages_out_over_bases_and_not_over_a_shared_one(alike: bool, factor: float) -> None:
+    """Mean square error of the mean of 8 updates: 8 times as much on one basis where they are all the same,
+    as much where they are at right angles."""
+    torch.manual_seed(0)
+    count, plan = 8, ferret_ext.BlockPlan.from_parameters([("p", nn.Parameter(torch.zeros(64)))], 16)
+    deltas = torch.eye(64)[:1].repeat(count, 1) if alike else torch.eye(64)[:count]
+    errors = dict.fromkeys(SEEDS, 0.0)
+    for trial in range(400):
+        for seeds in SEEDS:
+            rebuilt = torch.zeros(64)
+            for client, delta in enumerate(deltas):
+                seed = 1000 * trial + (0 if seeds == "shared-round" else client + 1)
+                gammas = ferret_ext.project_difference(plan, [delta], [torch.zeros(64)], seed)
+                ferret_ext.apply_(plan, [rebuilt], [(seed, gammas, 1 / count)], 1.0)
+            errors[seeds] += (rebuilt - deltas.mean(0)).square().sum().item() / 400
+    assert errors["per-client"] == pytest.approx(63 / 16 / count, rel=0.1)
+    assert errors["shared-round"] / errors["per-client"] == pytest.approx(factor, rel=0.15)
+
+
+def test_seeds_of_the_reference_code_are_its_own() -> None:
+    given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.mode", "reference-code")]
+    with pytest.raises(ConfigError, match=r"ferret.seeds: expected per-client where ferret.mode is"):
+        build([*given, ("ferret.seeds", "shared-round")])

@@ -10,7 +10,7 @@ from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm, Train
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
-from ferret_ext.federated.algorithms.ferret import Ferret
+from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
 from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
 from ferret_ext.federated.client import LocalTrainer
@@ -48,10 +48,12 @@ def notes(config: SimulationConfig) -> list[str]:
 
 
 def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
-    if config.ferret.mode == "paper":
-        return Ferret(config.ferret, config.server_learning_rate, train)
-    pool_seed = derive(config.seed, "pool")
-    return FerretReference(config.ferret, config.server_learning_rate, train, config.rounds, pool_seed)
+    chosen, step, seed = config.ferret, config.server_learning_rate, config.seed
+    if chosen.mode == "reference-code":
+        return FerretReference(chosen, step, train, config.rounds, derive(seed, "pool"))
+    if chosen.seeds == "shared-round":
+        return SharedFerret(chosen, step, train, derive(seed, "bases"))
+    return Ferret(chosen, step, train)
 
 
 def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:

@@ -23,6 +23,7 @@ from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.wire import Message, WireError
 
 CONTRACT_VERSION = 1
+LARGEST_WEIGHT = 2.0**64  # sums of weights stay far from overflow
 
 Values = Mapping[str, wire.Value]
 Weighting = Literal["uniform", "examples", "batches"]
@@ -163,7 +164,7 @@ class Algorithm(ABC, Generic[R]):
 
     def norm(self, replica: R, update: Message) -> float:
         """How large an update is, beside others of its round: here the Euclidean norm of all its floats."""
-        return math.sqrt(math.fsum(map(_sum_of_squares, update.values.values())))
+        return math.hypot(*map(_norm, update.values.values()))
 
     def seeds(self, message: Message) -> list[int]:
         """The seeds in an update, or in a broadcast those of its updates, none of which may come again."""
@@ -223,6 +224,8 @@ class Algorithm(ABC, Generic[R]):
         check(self.name, sender, "round", replica.round + 1, message.round)
         check(self.name, sender, "digest", replica.digest.hex(), message.digest.hex())
         check(self.name, sender, "weights", replica.weights.hex(), message.weights.hex())
+        if not 1 / LARGEST_WEIGHT <= message.weight <= LARGEST_WEIGHT:
+            raise WireError(f"{self.name}: {sender} must have weight in [2^-64, 2^64], got {message.weight}")
         self.check_values(replica, message)
 
     def client_update(self, replica: R, data: LocalData, broadcasts: Sequence[bytes]) -> Reply:
@@ -345,9 +348,9 @@ def check(name: str, what: str, field: str, expected: object, got: object) -> No
         raise WireError(f"{name}: {what} must have {field} {expected}, got {got}")
 
 
-def _sum_of_squares(value: wire.Value) -> float:
+def _norm(value: wire.Value) -> float:
     if isinstance(value, float):
-        return value * value
+        return value
     if not isinstance(value, np.ndarray):
         return 0.0
     if value.dtype == wire.BFLOAT16:
@@ -356,4 +359,4 @@ def _sum_of_squares(value: wire.Value) -> float:
         tensor = torch.from_numpy(value.copy())
     else:
         return 0.0
-    return float(tensor.double().square().sum())
+    return float(tensor.double().norm())

@@ -1,9 +1,15 @@
-"""Ferret as its paper states it (arXiv 2409.06277, algorithm 1): a new seed for each client and round, sum
-K_l = K, gamma_l = V_l^T delta_l / (rho_l K_l), and a server that steps along the mean of the reconstructions.
+"""Ferret as its paper states it (arXiv 2409.06277, algorithm 1): sum K_l = K, gamma_l = V_l^T delta_l /
+(rho_l K_l), and a server that steps along the mean of the reconstructions. A new seed for each client and
+round:
 
     update     contract int, seed int, gammas float32 [K]
     broadcast  contract int, step float, updates as the clients sent them and, where some are clipped, factors
                float64, one an update; round 0's has the contract only
+
+or, with `ferret.seeds: shared-round`, one for all clients of a round:
+
+    update     the same, with the seed that the last broadcast announced
+    broadcast  contract int, step float, gammas float32 [K], next_seed int; round 0's: contract, next_seed
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,34 +33,30 @@ from ferret_ext.federated.algorithms.base import (
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
-from ferret_ext.federated.algorithms.updates import Updates
+from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
 
 BY_NORM = ("norm", "sqrt-norm", "mse")
+VALUES = ["contract", "gammas", "seed"]
+P = TypeVar("P", bound=PlanReplica)
 
 
 @dataclass(frozen=True)
-class Ferret(Algorithm[PlanReplica]):
-    """w_r = w_{r-1} - server_learning_rate * mean_i V_i gamma_i, over the round's clients i.
+class Projecting(Algorithm[P]):
+    """What does not depend on whose the seeds are.
 
     K_l must be known to everybody before the round. An allocation by norm therefore takes the norms of the
     last round, which all derive from the coordinates that the server relayed; round 1 goes by size.
     """
 
-    name = "ferret"
     config: FerretConfig
     server_learning_rate: float
     train: Train
 
-    def replicate(self, model: Any) -> PlanReplica:
-        allocation = "size" if self.config.allocation in BY_NORM else self.config.allocation
-        plan = make_plan(model, self.config.K, self.config.chosen_granularity, allocation)
-        return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
-
-    def notes(self, replica: PlanReplica) -> list[str]:
+    def notes(self, replica: P) -> list[str]:
         size = sum(param.numel() for param in replica.params)
         if size > replica.plan.K:
             return []
@@ -63,21 +65,63 @@ class Ferret(Algorithm[PlanReplica]):
             "fedavg sends as much and loses nothing; lower ferret.K"
         ]
 
-    def opening(self, replica: PlanReplica) -> Values:
+    def opening(self, replica: P) -> Values:
         return {"contract": self.contract}
 
-    def begin(self, replica: PlanReplica, broadcast: Message) -> None:
+    def begin(self, replica: P, broadcast: Message) -> None:
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
 
-    def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+    def check_values(self, replica: P, update: Message) -> None:
+        check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
+        check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
+        update.array("gammas", "<f4", (replica.plan.K,))
+        check(self.name, update.sender, "values", VALUES, sorted(update.values))  # all of it may be relayed
+
+    @property
+    def contract(self) -> int:
+        return stream_contract(self.config.chosen_basis)
+
+    def first_plan(self, model: Any) -> ferret_ext.BlockPlan:
+        """The plan of round 1."""
+        allocation = "size" if self.config.allocation in BY_NORM else self.config.allocation
+        return make_plan(model, self.config.K, self.config.chosen_granularity, allocation)
+
+    def project(self, replica: P, data: LocalData, seed: int, watch: Stopwatch) -> tuple[Values, float]:
+        """Trains; the update's values by the basis of this seed, and the training loss."""
         with watch("local"):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
-        seed = derive(data.seed, "basis")
         with watch("project"):
             gammas = ferret_ext.project_difference(
                 replica.plan, replica.start, replica.params, seed, basis=self.config.chosen_basis
             )
         return {"contract": self.contract, "seed": seed, "gammas": gammas.float().cpu().numpy()}, loss
+
+    def walk(self, replica: P, terms: Sequence[tuple[int, wire.Array, float]], step: float) -> None:
+        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
+        device = replica.params[0].device
+        moved = [(seed, torch.from_numpy(gammas.copy()).to(device), share) for seed, gammas, share in terms]
+        with torch.no_grad():
+            ferret_ext.apply_(replica.plan, replica.params, moved, -step, basis=self.config.chosen_basis)
+
+    def allocate(self, replica: P, gammas: Sequence[wire.Array], weights: Sequence[float]) -> None:
+        """The next round's K_l, where they go by the norms of this round's updates."""
+        if self.config.allocation in BY_NORM:
+            norms = block_norms(replica.plan, gammas, weights)
+            replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
+
+
+@dataclass(frozen=True)
+class Ferret(Projecting[PlanReplica]):
+    """w_r = w_{r-1} - server_learning_rate * mean_i V_i gamma_i, over the round's clients i."""
+
+    name = "ferret"
+
+    def replicate(self, model: Any) -> PlanReplica:
+        plan = self.first_plan(model)
+        return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
+
+    def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+        return self.project(replica, data, derive(data.seed, "basis"), watch)
 
     def combine(self, replica: PlanReplica, updates: Updates) -> Values:
         values: dict[str, wire.Value] = {"contract": self.contract, "step": self.server_learning_rate}
@@ -89,30 +133,12 @@ class Ferret(Algorithm[PlanReplica]):
         updates = self._updates_in(broadcast)
         for update in updates.messages:
             self.check_update(replica, update)
-        device = replica.params[0].device
-        terms = [
-            (update.value("seed", int), torch.from_numpy(update.values["gammas"]).to(device), share)
-            for update, share in zip(updates.messages, updates.shares, strict=True)
-        ]
-        step = broadcast.value("step", float)
-        with torch.no_grad():
-            ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.chosen_basis)
-        if self.config.allocation in BY_NORM:
-            norms = block_norms(replica.plan, updates.messages)
-            replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
-
-    @property
-    def contract(self) -> int:
-        return stream_contract(self.config.chosen_basis)
-
-    def check_values(self, replica: PlanReplica, update: Message) -> None:
-        check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
-        check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
-        update.array("gammas", "<f4", (replica.plan.K,))
-
-    def norm(self, replica: PlanReplica, update: Message) -> float:
-        """||delta|| up to a factor, from the coordinates."""
-        return math.hypot(*block_norms(replica.plan, [update]))
+        seeds = [update.value("seed", int) for update in updates.messages]
+        gammas = [update.value("gammas", np.ndarray) for update in updates.messages]
+        terms = list(zip(seeds, gammas, updates.shares, strict=True))
+        self.walk(replica, terms, broadcast.value("step", float))
+        squares = [share * factor for share, factor in zip(updates.shares, updates.factors, strict=True)]
+        self.allocate(replica, gammas, squares)
 
     def seeds(self, message: Message) -> list[int]:
         if message.kind == "update":
@@ -128,19 +154,90 @@ class Ferret(Algorithm[PlanReplica]):
         return Updates([wire.decode(update) for update in received], received, factors)
 
 
-def block_norms(plan: ferret_ext.BlockPlan, updates: Sequence[Message]) -> list[float]:
-    """The root mean square over the clients of each block's ||delta_l||, from public coordinates alone.
+@dataclass(kw_only=True)
+class SharedReplica(PlanReplica):
+    """A replica and the seed that the next round's clients share."""
+
+    next_seed: int = 0
+
+    def state(self) -> Values:
+        return {**super().state(), "next_seed": self.next_seed}
+
+    def resume(self, state: Message) -> None:
+        super().resume(state)
+        self.next_seed = state.value("next_seed", int)
+
+
+@dataclass(frozen=True)
+class SharedFerret(Projecting[SharedReplica]):
+    """w_r = w_{r-1} - server_learning_rate * V mean_i gamma_i, V the basis of round r for all its clients.
+
+    Coordinates on one basis can be averaged, so that the server relays K numbers however many clients there
+    are, and by their median. But the noise of the projection no longer averages out over the clients: beside
+    the mean of updates that are alike it is sqrt(N) times that of N clients with bases of their own.
+
+    seed: every round's follows from it.
+    """
+
+    name = "ferret-shared-round"
+    rules = ALL_RULES
+    seed: int
+
+    def replicate(self, model: Any) -> SharedReplica:
+        plan = self.first_plan(model)
+        return SharedReplica(model, plan.select(model.named_parameters()), plan=plan)
+
+    def opening(self, replica: SharedReplica) -> Values:
+        return {**super().opening(replica), "next_seed": self._seed_of(1)}
+
+    def begin(self, replica: SharedReplica, broadcast: Message) -> None:
+        super().begin(replica, broadcast)
+        replica.next_seed = broadcast.value("next_seed", int)
+
+    def contribute(self, replica: SharedReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
+        return self.project(replica, data, replica.next_seed, watch)
+
+    def check_values(self, replica: SharedReplica, update: Message) -> None:
+        super().check_values(replica, update)
+        check(self.name, update.sender, "seed", replica.next_seed, update.value("seed", int))
+
+    def combine(self, replica: SharedReplica, updates: Updates) -> Values:
+        mean = updates.average(
+            lambda update: torch.from_numpy(update.value("gammas", np.ndarray).astype(float))
+        )
+        return {
+            "contract": self.contract,
+            "step": self.server_learning_rate,
+            "gammas": mean.numpy().astype(np.float32),
+            "next_seed": self._seed_of(replica.round + 2),
+        }
+
+    def advance(self, replica: SharedReplica, broadcast: Message) -> None:
+        check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
+        gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
+        step, next_seed = broadcast.value("step", float), broadcast.value("next_seed", int)
+        self.walk(replica, [(replica.next_seed, gammas, 1.0)], step)
+        self.allocate(replica, [gammas], [1.0])
+        replica.next_seed = next_seed
+
+    def _seed_of(self, round_: int) -> int:
+        return derive(self.seed, "basis", round_)
+
+
+def block_norms(
+    plan: ferret_ext.BlockPlan, gammas: Sequence[wire.Array], weights: Sequence[float]
+) -> list[float]:
+    """The root of the weighted sum over the updates of each block's ||delta_l||^2, from public coordinates.
 
     E||gamma_l||^2 = ||delta_l||^2 / (rho_l K_l) and rho_l ~ 1 / d_l, so K_l / d_l ||gamma_l||^2 estimates
     ||delta_l||^2 without bias, up to a factor that all blocks share. Sums are exact (fsum), so that all
     parties get the same K_l.
     """
-    gammas = [(update.weight, update.array("gammas", "<f4", (plan.K,))) for update in updates]
     norms = []
     for block, start in zip(plan.blocks, plan.starts, strict=True):
         squares = (
             weight * gamma**2
-            for weight, values in gammas
+            for weight, values in zip(weights, gammas, strict=True)
             for gamma in values[start : start + block.k].astype(float).tolist()
         )
         norms.append(math.sqrt(block.k / block.numel * math.fsum(squares)))

@@ -54,7 +54,10 @@ class Updates:
     def _middle(self, rows: Tensor) -> Tensor:
         """The mean of the middle rows of each coordinate, whatever the weights: for the median one or two."""
         count = len(rows)
-        left_out = (count - 1) // 2 if self.rule == "median" else math.floor(self.trim * count)
+        left_out = most = (count - 1) // 2
+        if self.rule == "trimmed-mean":
+            wanted = math.floor(self.trim * count + 1e-9)  # 0.29 * 100 is a little less than 29
+            left_out = min(most, max(wanted, 1 if self.trim > 0 else 0))
         return rows.sort(0).values[left_out : count - left_out].mean(0)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from ferret_ext.federated import adapters, algorithms, digests, models, scores
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply
+from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply, Weighting
 from ferret_ext.federated.client import LocalTrainer, OptimizerStates
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import loading
@@ -138,6 +138,7 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
             run=genesis.run,
             robust=config.robust,
             verify_weights=config.ledger.verify_weights,
+            equal_weights=weighting(config, algorithm) == "uniform",
         )
         for line in (_describe(server), *algorithms.notes(config), *algorithm.notes(server.replica)):
             narrator.say(line)
@@ -166,11 +167,16 @@ def client_weights(
     config: SimulationConfig, algorithm: Algorithm[Any], shards: Sequence[Sequence[Example]]
 ) -> list[float]:
     """What each client counts for in means: 1, its number of examples, or its number of batches."""
-    by = algorithm.weighting if config.client_weights == "auto" else config.client_weights
+    by = weighting(config, algorithm)
     if by == "uniform":
         return [1.0] * len(shards)
     size = config.training.per_device_train_batch_size if by == "batches" else 1
     return [float(math.ceil(len(shard) / size)) for shard in shards]
+
+
+def weighting(config: SimulationConfig, algorithm: Algorithm[Any]) -> Weighting:
+    """What clients count by."""
+    return algorithm.weighting if config.client_weights == "auto" else config.client_weights
 
 
 @contextmanager
