@@ -138,6 +138,9 @@ class FerretConfig:
     basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
+    coordinates: Literal["float32", "float16", "int8", "int4", "int2", "int1"] = option(
+        "float32", "how a client sends its coordinates; all but float32 have a scale a block beside them"
+    )
     seeds: Literal["per-client", "shared-round"] = option(
         "per-client",
         "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
@@ -388,6 +391,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
             f"{config.dataset.max_length}, got {limit}"
+        )
+    if config.ferret.coordinates != "float32" and config.ferret.mode == "reference-code":
+        raise ConfigError(
+            f"ferret.coordinates: expected float32 where ferret.mode is reference-code, got "
+            f"{config.ferret.coordinates}"
         )
     if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
         raise ConfigError(

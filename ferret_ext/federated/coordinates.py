@@ -29,6 +29,11 @@ BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
 Floats = npt.NDArray[np.float32]
 
 
+def names(kind: Coordinates) -> list[str]:
+    """Of the values that `write` gives."""
+    return ["gammas"] if kind == "float32" else ["gammas", "scales"]
+
+
 def write(gammas: Floats, plan: BlockPlan, kind: Coordinates, seed: int) -> dict[str, Value]:
     """The values of a message for coordinates float32 [K]. seed: of the random rounding."""
     if kind == "float32":

@@ -21,7 +21,7 @@ from federation import (
 from torch import Tensor, nn
 
 import ferret_ext
-from ferret_ext.federated import wire
+from ferret_ext.federated import coordinates, wire
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret, block_norms
 from ferret_ext.federated.config import FerretConfig, RobustConfig, build
 from ferret_ext.federated.errors import QuorumError
@@ -375,3 +375,48 @@ def test_seeds_of_the_reference_code_are_its_own() -> None:
     given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.mode", "reference-code")]
     with pytest.raises(ConfigError, match=r"ferret.seeds: expected per-client where ferret.mode is"):
         build([*given, ("ferret.seeds", "shared-round")])
+
+
+@pytest.mark.parametrize("seeds", ["per-client", "shared-round"])
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4", "int2", "int1"])
+def test_all_parties_read_coarse_coordinates_alike(kind: Any, seeds: Any) -> None:
+    """w_1 = w_0 - step mean_i V_i gamma_i with the coordinates as they came; a late joiner gets there too."""
+    fed = federation(coordinates=kind, seeds=seeds, allocation="norm")
+    plan, start = fed.server.replica.plan, flat(toy().parameters())
+    sent = [wire.decode(message) for message in fed.round()]
+    fed.catch_up()
+    expected = start
+    for update in sent:
+        gammas = torch.from_numpy(coordinates.read(update, plan, kind)).double()
+        moved = [
+            basis_matrix(block, update.value("seed", int), "rademacher") @ part
+            for block, part in zip(plan.blocks, plan.split(gammas), strict=True)
+        ]
+        expected = expected - STEP / 3 * torch.cat(moved)
+    got = flat(fed.server.replica.params)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    fed.round()
+    late = fed.algorithm.replicate(toy())
+    for broadcast in fed.server.broadcasts_since(0):
+        fed.algorithm.rebuild(late, broadcast)
+    assert torch.equal(flat(late.params), flat(fed.server.replica.params))
+
+
+def test_one_bit_a_coordinate_is_an_eighth_of_a_byte() -> None:
+    """Beside 4 blocks' scales; the header as ever."""
+    lengths = {kind: len(federation(K=400, coordinates=kind).round()[0]) for kind in ("float32", "int1")}
+    scales = 4 * 4 + 7 + 12  # values, name, and dtype and shape in the head
+    assert lengths["float32"] - lengths["int1"] == 4 * 400 - 400 // 8 - scales
+
+
+def test_a_client_of_other_coordinates_is_rejected() -> None:
+    fed, sent = federation(), federation().round()
+    other = federation(coordinates="int8").round()
+    reason = r"client 0's update must have gammas as float32 of shape \[40\], got uint8"
+    assert_only_the_first_is_refused(fed.server, [other[0], *sent[1:]], reason)
+    extra = changed(sent[0])
+    decoded = wire.decode(extra)
+    values = {**decoded.values, "scales": np.ones(4, np.float32)}
+    with_scales = wire.encode(dataclasses.replace(decoded, values=values))
+    fed = federation()
+    assert_only_the_first_is_refused(fed.server, [with_scales, *sent[1:]], "must have values")

@@ -2,7 +2,8 @@
 (rho_l K_l), and a server that steps along the mean of the reconstructions. A new seed for each client and
 round:
 
-    update     contract int, seed int, gammas float32 [K]
+    update     contract int, seed int, gammas float32 [K]; with `ferret.coordinates` of fewer bits, what
+               `coordinates` makes of them
     broadcast  contract int, step float, updates as the clients sent them and, where some are clipped, factors
                float64, one an update; round 0's has the contract only
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 import ferret_ext
-from ferret_ext.federated import wire
+from ferret_ext.federated import coordinates, wire
 from ferret_ext.federated.algorithms.base import (
     Algorithm,
     LocalData,
@@ -40,7 +41,6 @@ from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
 
 BY_NORM = ("norm", "sqrt-norm", "mse")
-VALUES = ["contract", "gammas", "seed"]
 P = TypeVar("P", bound=PlanReplica)
 
 
@@ -74,8 +74,17 @@ class Projecting(Algorithm[P]):
     def check_values(self, replica: P, update: Message) -> None:
         check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
         check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
-        update.array("gammas", "<f4", (replica.plan.K,))
-        check(self.name, update.sender, "values", VALUES, sorted(update.values))  # all of it may be relayed
+        self.gammas(replica, update)
+        expected = sorted(["contract", "seed", *coordinates.names(self.config.coordinates)])
+        check(self.name, update.sender, "values", expected, sorted(update.values))  # all may be relayed
+
+    def norm(self, replica: P, update: Message) -> float:
+        """The Euclidean norm of the coordinates."""
+        return float(np.linalg.norm(self.gammas(replica, update).astype(float)))
+
+    def gammas(self, replica: P, update: Message) -> coordinates.Floats:
+        """An update's coordinates float32 [K]. Raises WireError."""
+        return coordinates.read(update, replica.plan, self.config.coordinates)
 
     @property
     def contract(self) -> int:
@@ -94,7 +103,10 @@ class Projecting(Algorithm[P]):
             gammas = ferret_ext.project_difference(
                 replica.plan, replica.start, replica.params, seed, basis=self.config.chosen_basis
             )
-        return {"contract": self.contract, "seed": seed, "gammas": gammas.float().cpu().numpy()}, loss
+            exact = gammas.float().cpu().numpy()
+            rounding = derive(data.seed, "rounding")
+            written = coordinates.write(exact, replica.plan, self.config.coordinates, rounding)
+        return {"contract": self.contract, "seed": seed, **written}, loss
 
     def walk(self, replica: P, terms: Sequence[tuple[int, wire.Array, float]], step: float) -> None:
         """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
@@ -134,7 +146,7 @@ class Ferret(Projecting[PlanReplica]):
         for update in updates.messages:
             self.check_update(replica, update)
         seeds = [update.value("seed", int) for update in updates.messages]
-        gammas = [update.value("gammas", np.ndarray) for update in updates.messages]
+        gammas = [self.gammas(replica, update) for update in updates.messages]
         terms = list(zip(seeds, gammas, updates.shares, strict=True))
         self.walk(replica, terms, broadcast.value("step", float))
         squares = [share * factor for share, factor in zip(updates.shares, updates.factors, strict=True)]
@@ -202,9 +214,7 @@ class SharedFerret(Projecting[SharedReplica]):
         check(self.name, update.sender, "seed", replica.next_seed, update.value("seed", int))
 
     def combine(self, replica: SharedReplica, updates: Updates) -> Values:
-        mean = updates.average(
-            lambda update: torch.from_numpy(update.value("gammas", np.ndarray).astype(float))
-        )
+        mean = updates.average(lambda update: torch.from_numpy(self.gammas(replica, update).astype(float)))
         return {
             "contract": self.contract,
             "step": self.server_learning_rate,
