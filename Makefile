@@ -8,13 +8,14 @@ TORCH ?= torch==2.13.0
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
+comma := ,
 
 pip_install := pip install $(if $(CI),-q)
 comma := ,
 bin := $(abspath $(VENV))/bin
 cuda_bin := $(abspath $(CUDA_VENV))/bin
 native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
-cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp)
+cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp benchmarks/micro/*.cu)
 python := ferret_ext tests benchmarks python_examples csrc setup.py
 
 .PHONY: help demo test test-all cpp-test arm-test lint format cuda-build clean
@@ -64,8 +65,10 @@ format: $(VENV)/dev
 
 # make cuda-build compiles and imports the CUDA library against a CUDA torch; needs nvcc and no GPU
 cuda-build: $(CUDA_VENV)/torch
-	FERRET_CUDA=ON CMAKE_ARGS=-DFERRET_WERROR=ON $(cuda_bin)/$(pip_install) ".[test]"
+	FERRET_CUDA=ON CMAKE_ARGS="-DFERRET_WERROR=ON -DFERRET_TESTS=ON" $(cuda_bin)/$(pip_install) ".[test]"
 	$(cuda_bin)/pytest tests/test_packaging.py
+	$$(command -v nvcc || echo /usr/local/cuda/bin/nvcc) -std=c++17 -Xcompiler=-Wall,-Wextra,-Werror -I csrc benchmarks/micro/rates.cu -o build/rates \
+		$(foreach arch,80 90a 120,-gencode=arch=compute_$(arch)$(comma)code=sm_$(arch))
 	cp build/*-$(subst ==,-,$(CUDA_TORCH))*/kernel_resources.txt build/kernel_resources.txt
 	cat build/kernel_resources.txt
 

@@ -1,4 +1,4 @@
-"""What bench_cpu.py times: calls, and how much each of them makes, reads and writes."""
+"""What the benchmarks time: calls, and how much each of them makes, reads and writes."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def log_uniform(low: int, high: int, count: int, seed: int) -> list[int]:
     return [round(low * (high / low) ** draw.random()) for _ in range(count)]
 
 
-def filled(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def filled(numel: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """Normal numbers that repeat every 2^20 elements: quick to make, and as good to time."""
-    period = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = torch.empty(numel, dtype=dtype)
+    period = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x = torch.empty(numel, dtype=dtype, device=device)
     for part in torch.split(x, len(period)):
         part.copy_(period[: len(part)])
     return x

@@ -1,7 +1,7 @@
 """What a user could pick instead of `ferret_ext.project`, each as fast as its library's own means make it.
 
 Every rival turns a float32 delta [d] into gamma [K] such that V gamma is an unbiased estimate of delta, V
-being the rival's own d x K basis. tests/test_rivals.py checks that.
+being the rival's own d x K basis. tests/test_rivals.py checks that. Those of torch work on delta's device.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 Project = Callable[[Tensor, int, int], Tensor]
 
-# Elements of V made at a time: of 2^13 to 2^21 among the fastest at K = 16 and 64, with 2 MB of L2 cache.
+# Elements of V made at a time: of 2^13 to 2^21 among the fastest at K = 16 and 64, with 2 MB of L2 cache. On
+# a GPU enough of them to keep it busy.
 NUMPY_CHUNK = 1 << 17
-TORCH_CHUNK = 1 << 18
+TORCH_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 # A byte's eight bits, the highest first as unpackbits has them, as signs.
 SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
@@ -80,9 +81,10 @@ def torch_chunks(
     delta: Tensor, seed: int, K: int, product: Callable[[Tensor, Tensor, torch.Generator], Tensor]
 ) -> Tensor:
     """sqrt(d)/K times the sum of product(buffer [K, n], part [n] of delta, generator) -> [K]."""
-    generator = torch.Generator().manual_seed(seed)
-    gamma, buffer = torch.zeros(K), torch.empty(max(TORCH_CHUNK, K))
-    for part in torch.split(delta, max(1, TORCH_CHUNK // K)):
+    generator = torch.Generator(delta.device).manual_seed(seed)
+    chunk = TORCH_CHUNK[delta.device.type]
+    gamma, buffer = delta.new_zeros(K), delta.new_empty(max(chunk, K))
+    for part in torch.split(delta, max(1, chunk // K)):
         gamma += product(buffer[: K * part.numel()].view(K, -1), part, generator)
     return gamma * (math.sqrt(delta.numel()) / K)
 
@@ -91,7 +93,7 @@ def authors(delta: Tensor, seed: int, K: int) -> Tensor:
     """What Ferret's published code does, written from its description: for every k, reseed torch's generator,
     draw a whole truncated normal vector, multiply and sum. Cut at +-1/sqrt(d), its variance is 1/(3d)."""
     bound = 1 / math.sqrt(delta.numel())
-    gamma, vector = torch.empty(K), torch.empty_like(delta)
+    gamma, vector = delta.new_empty(K), torch.empty_like(delta)
     for k in range(K):
         torch.manual_seed(seed + k)
         torch.nn.init.trunc_normal_(vector, a=-bound, b=bound)
@@ -113,6 +115,27 @@ def scikit_learn_transform(delta: Tensor, fitted: Any) -> Tensor:
     """Elements of its matrix have variance 1/K."""
     (gamma,) = fitted.transform(delta[None].numpy())
     return torch.from_numpy(gamma) * math.sqrt(delta.numel() / len(gamma))
+
+
+def fast_jl(delta: Tensor, seed: int, K: int) -> Tensor:
+    """TRAK's CUDA extension for one gradient: signs, K a multiple of 512, delta rounded to float16."""
+    module = importlib.import_module("fast_jl")
+    multiprocessors = torch.cuda.get_device_properties(delta.device).multi_processor_count
+    sums = module.project_rademacher_8(delta[None], K, seed, multiprocessors)
+    gamma: Tensor = sums[0] * (math.sqrt(delta.numel()) / K)
+    return gamma
+
+
+def gpu_rivals(K: int) -> dict[str, Project]:
+    """By name; fast_jl only where it is installed and knows this K."""
+    every: dict[str, Project] = {
+        "torch randn": torch_randn,
+        "torch bernoulli": torch_bernoulli,
+        "authors' loop": authors,
+    }
+    if importlib.util.find_spec("fast_jl") is not None and K % 512 == 0:
+        every["fast_jl"] = fast_jl
+    return every
 
 
 def rivals() -> dict[str, Project]:

@@ -51,16 +51,26 @@ def measure_in_turns(
 
 def machine() -> dict[str, Any]:
     """What the figures of a run hold for."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "last_level_cache": last_level_cache(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The source's commit; COMMIT in the environment names it where the source is no git checkout."""
+    if named := os.environ.get("COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except FileNotFoundError:  # no git
+        return "unknown"
+    return run.stdout.strip() or "unknown"
 
 
 def processor() -> str:

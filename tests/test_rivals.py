@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from rivals import TORCH_CHUNK, scikit_learn, scikit_learn_fit, scikit_learn_transform
 from rivals import rivals as all_rivals
-from rivals import scikit_learn, scikit_learn_fit, scikit_learn_transform
 from support import normal
 from torch import Tensor
 
@@ -21,7 +21,7 @@ every_rival = pytest.mark.parametrize("name", all_rivals())
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, restored_threads: None) -> None:
     monkeypatch.setattr("rivals.NUMPY_CHUNK", CHUNK * K)
-    monkeypatch.setattr("rivals.TORCH_CHUNK", CHUNK * K)
+    monkeypatch.setitem(TORCH_CHUNK, "cpu", CHUNK * K)
     torch.set_num_threads(1)
 
 

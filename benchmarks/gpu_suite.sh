@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# All that a GPU session is to bring home, by one command in under 9 minutes:
+#
+#   benchmarks/gpu_suite.sh OUT_DIR              builds, tests, times, profiles; files in OUT_DIR after every stage
+#   benchmarks/gpu_suite.sh --dry-run OUT_DIR    says what it would do
+#
+# A stage that fails, is missing a tool or runs out of its time is recorded, and the next one begins. Settings by the
+# environment: PYTHON, the interpreter that has torch (python3); TOTAL, seconds in all (525); STAGES, some of those
+# below; PEERS, a folder with fast_jl's source archive; COMMIT, where the source is no git checkout; WORK, a folder for
+# what is not kept (build/gpu_suite).
+set -uo pipefail
+
+dry_run=false
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=true
+  shift
+fi
+if [ $# -ne 1 ]; then
+  echo "usage: benchmarks/gpu_suite.sh [--dry-run] OUT_DIR" >&2
+  exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+root=$PWD
+python=${PYTHON:-python3}
+total=${TOTAL:-525}
+mkdir -p "${WORK:=build/gpu_suite}"
+work=$(cd "$WORK" && pwd)
+export PYTHONPATH="$root:$work/peers${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PATH="$PATH:/usr/local/cuda/bin"
+
+# ---- stages: each is a function; its last line of output is what the report says of it ----
+
+stage_machine() {
+  nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.mem,power.limit --format=csv \
+    | tee "$work/gpu.csv"
+  nvcc --version | tail -n 2
+  "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
+}
+
+# 9.0 -> 90a-real: code for the GPU at hand alone takes a third of the time.
+architecture() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+  capability=${capability//./}
+  case $capability in
+    90) echo 90a-real ;;
+    [1-9]*) echo "$capability-real" ;;
+    *) return 1 ;;
+  esac
+}
+
+stage_build() {
+  local arch
+  arch=$(architecture) || { echo "no GPU is visible"; return 1; }
+  FERRET_CUDA=ON CMAKE_ARGS="-DFERRET_TESTS=ON -DCMAKE_CUDA_ARCHITECTURES=$arch" "$python" setup.py build_ext --inplace \
+    || return 1
+  cat build/*/kernel_resources.txt
+  echo "built for $arch"
+}
+
+device_test() {
+  local found
+  found=$(find build -name test_cuda_device -type f -perm -u+x -printf '%T@ %p\n' | sort -n | tail -n 1)
+  echo "${found#* }"
+}
+
+stage_answers() {
+  local program
+  program=$(device_test)
+  [ -n "$program" ] || { echo "test_cuda_device was not built"; return 1; }
+  "$program" tests/golden.txt
+}
+
+stage_tests() {
+  "$python" -m pytest -q -p no:cacheprovider -m cuda tests/native --durations=5
+}
+
+# fast_jl 0.1.3 asks for an architecture that CUDA 13 no longer knows, and for cuRAND's headers, which come with torch.
+stage_peers() {
+  local archive arch headers
+  archive=$(find "${PEERS:-/nonexistent}" -name 'fast_jl-*.tar.gz' 2> /dev/null | head -n 1)
+  [ -n "$archive" ] || { echo "left out: no fast_jl-*.tar.gz in the folder that PEERS names"; return 0; }
+  arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+  rm -rf "$work/peers" && mkdir -p "$work/peers" && tar xzf "$archive" -C "$work/peers" --strip-components=1 || return 1
+  sed -i "s/^environ\\['TORCH_CUDA_ARCH_LIST'\\].*/environ['TORCH_CUDA_ARCH_LIST'] = '$arch'/" "$work/peers/setup.py"
+  headers=$("$python" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include")')
+  (cd "$work/peers" && CPATH="$headers" "$python" setup.py build_ext --inplace) || return 1
+  "$python" -c 'import torch, fast_jl; print(fast_jl.__name__, "is ready")'
+}
+
+stage_bench() {
+  "$python" benchmarks/bench_gpu.py --json "$work/bench.json" --budget "$((budget - 15))"
+}
+
+stage_micro() {
+  local arch
+  arch=$(architecture) || { echo "no GPU is visible"; return 1; }
+  arch=${arch%-real}
+  nvcc -O3 -std=c++17 --fmad=false -gencode="arch=compute_$arch,code=sm_$arch" -I csrc benchmarks/micro/rates.cu \
+    -o "$work/rates" || return 1
+  "$work/rates" | tee "$work/micro.jsonl"
+}
+
+# The clocks stay as they are, and whole sections are asked for, because names of single counters change.
+stage_profile() {
+  command -v ncu > /dev/null || { echo "left out: ncu is not installed"; return 0; }
+  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|apply)_kernel' --force-overwrite \
+    --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
+    --section InstructionStats --section WarpStateStats --section SchedulerStats --section LaunchStats \
+    --section Occupancy --export "$out/profile.ncu-rep" "$python" benchmarks/bench_gpu.py --profile || return 1
+  ncu --import "$out/profile.ncu-rep" --csv --page raw > "$work/profile.csv" || return 1
+  echo "$(($(wc -l < "$work/profile.csv") - 2)) kernels"
+}
+
+stage_sanitizer() {
+  local program tool failed=0
+  command -v compute-sanitizer > /dev/null || { echo "left out: compute-sanitizer is not installed"; return 0; }
+  program=$(device_test)
+  [ -n "$program" ] || { echo "test_cuda_device was not built"; return 1; }
+  for tool in memcheck racecheck initcheck; do
+    timeout "$((budget / 3))" compute-sanitizer --tool "$tool" --error-exitcode 9 "$program" tests/golden.txt --small \
+      || { echo "$tool: exit status $?"; failed=1; }
+  done
+  [ $failed = 0 ] && echo "memcheck, racecheck and initcheck found nothing"
+  return $failed
+}
+
+# What a stage may take, in seconds; all of them together are cut to `total`.
+declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [peers]=120 [bench]=200 [micro]=45 [profile]=70
+  [sanitizer]=90)
+stages=${STAGES:-machine build answers tests peers bench micro profile sanitizer}
+
+report() { "$python" benchmarks/gpu_report.py "$work" "$out"; }
+
+run_stage() {
+  local name=$1 begin=$SECONDS left=$((total - SECONDS)) code=0
+  budget=${budgets[$name]}
+  [ $left -lt "$budget" ] && budget=$left
+  if [ "$budget" -lt 10 ]; then
+    printf '%s\t-1\t0\tno time left\n' "$name" >> "$work/stages.tsv"
+    return
+  fi
+  printf '\n== %s (at most %d s; %d s so far)\n' "$name" "$budget" "$SECONDS" | tee -a "$out/suite.log"
+  # `timeout` runs programs only, so the stage is this script again, in a process of its own.
+  timeout --kill-after=5 "$budget" env SUITE_STAGE="$name" SUITE_BUDGET="$budget" PYTHON="$python" WORK="$work" \
+    bash "$root/benchmarks/gpu_suite.sh" "$out" > "$work/$name.log" 2>&1 < /dev/null || code=$?
+  tee -a "$out/suite.log" < "$work/$name.log" | tail -n 25
+  printf '%s\t%d\t%d\t%s\n' "$name" "$code" "$((SECONDS - begin))" "$(grep -v '^[[:space:]]*$' "$work/$name.log" | tail -n 1 \
+    | tr '\t' ' ')" >> "$work/stages.tsv"
+  report > /dev/null 2>> "$out/suite.log" || echo "the report failed: see suite.log"
+}
+
+if [ -n "${SUITE_STAGE:-}" ]; then
+  budget=$SUITE_BUDGET
+  "stage_$SUITE_STAGE"
+  exit
+fi
+
+if $dry_run; then
+  for name in $stages; do
+    printf '%-10s at most %3d s\n' "$name" "${budgets[$name]}"
+  done
+  echo "in all     at most $total s; results in $out: gpu.json, table.txt, suite.log, profile.ncu-rep"
+  exit
+fi
+
+rm -f "$work"/{stages.tsv,gpu.csv,bench.json,micro.jsonl,profile.csv} "$out/suite.log"
+for name in $stages; do
+  [ -n "${budgets[$name]:-}" ] || { echo "no such stage: $name" >&2; exit 2; }
+  run_stage "$name"
+done
+printf '\n'
+report

@@ -1,0 +1,159 @@
+"""What is to run on a GPU fits together where there is none: sections, report, a suite whose stages fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_gpu import QUICK, SECTIONS, Bench, profile
+from gpu_cases import by_size, llama_7b, plan_cases, project_case, update_case
+from gpu_report import collect, read_profile, table
+from timer import write
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(QUICK, CPU, budget=600)
+    names = [name for name in SECTIONS if name not in ("plans", "rivals")]  # they take seconds on a CPU
+    path = tmp_path_factory.mktemp("gpu") / "bench.json"
+    bench.run(names, lambda: write(path, bench.rows, notes=bench.notes))
+    assert len(json.loads(path.read_text())["rows"]) == len(bench.rows)
+    return bench
+
+
+def rows(bench: Bench, section: str) -> list[dict[str, Any]]:
+    return [row for row in bench.rows if row["section"] == section]
+
+
+def test_gpu_cases_count_elements_and_bytes_of_all_clients() -> None:
+    project, apply = project_case(torch.zeros(1000), 64), update_case(torch.zeros(1000), 64)
+    assert (project.elements, project.bytes_read, project.bytes_written) == (64000, 4000, 0)
+    assert (apply.elements, apply.bytes_read, apply.bytes_written) == (64000, 4000, 4000)
+    difference, one, three = plan_cases([1000, 200], [3, 8], torch.bfloat16, CPU, clients=3)
+    assert difference.elements == one.elements == 1000 * 3 + 200 * 8
+    assert three.elements == 3 * one.elements
+    assert (difference.bytes_read, three.bytes_read, three.bytes_written) == (4800, 2400, 2400)
+    for case in (project, apply, difference, one, three):
+        case.call()
+
+
+def test_llama_has_7b_parameters_and_all_get_coordinates() -> None:
+    numels = llama_7b()
+    assert sum(numels) == 6_738_415_616
+    assert min(by_size(numels, 1000)) == 1
+    assert sum(by_size(numels, 16384)) == pytest.approx(16384, rel=0.01)
+
+
+def test_every_section_leaves_rows_and_nothing_is_left_out(bench: Bench) -> None:
+    assert bench.notes == []
+    for section in {row["section"] for row in bench.rows}:
+        assert rows(bench, section)
+    for row in rows(bench, "columns"):
+        assert row["rate"] == pytest.approx(row["numel"] * row["K"] / row["timing"].median)
+        assert row["share_of_copy"] == pytest.approx(row["bandwidth"] / bench.copy_bandwidth)
+    assert [row["same"] for row in rows(bench, "checks")] == [True, True]
+
+
+def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: Bench) -> None:
+        """Broken"""
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setitem(SECTIONS, "columns", broken)
+    saved = []
+    late = Bench(QUICK, CPU, budget=600)
+    late.run(["columns", "checks"], lambda: saved.append(len(late.rows)))
+    assert late.notes == ["columns: RuntimeError: no kernel image"]
+    assert saved == [0, 2]
+    late = Bench(QUICK, CPU, budget=0)
+    late.run(["copy", "checks"], lambda: None)
+    assert late.notes == ["copy: no time left", "checks: no time left"]
+
+
+def test_profile_runs_its_calls() -> None:
+    profile(QUICK, CPU)
+
+
+NCU = """==PROF== Disconnected
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread","device"
+"","","ns","Gbyte","register/thread",""
+"0","project_kernel<1, float>","1,234.5","1.07","64","X"
+"""
+
+
+def test_profile_keeps_key_counters_with_units() -> None:
+    (kernel,) = read_profile(NCU)
+    assert kernel["kernel"] == "project_kernel<1, float>"
+    assert kernel["counters"] == {
+        "gpu__time_duration.sum [ns]": 1234.5,
+        "dram__bytes_read.sum [Gbyte]": 1.07,
+        "launch__registers_per_thread [register/thread]": 64.0,
+    }
+    assert read_profile("==ERROR== no permission\n") == []
+
+
+def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "stages.tsv").write_text("build\t0\t61\tbuilt for 90a-real\nbench\t124\t200\trow\n")
+    (tmp_path / "micro.jsonl").write_text(
+        '{"name": "LOP3", "unit": "thread instructions", "per_second": 1.6e13}\n'
+    )
+    (tmp_path / "profile.csv").write_text(NCU)
+    write(tmp_path / "bench.json", bench.rows, notes=["sizes: no time left"], device="some GPU")
+    run = collect(tmp_path)
+    text = table(run)
+    assert len(run["rows"]) == len(bench.rows)
+    for part in (
+        "some GPU",
+        "built for 90a-real",
+        "out of time",
+        "1.600e+13",
+        "sizes: no time left",
+        "the same bits",
+    ):
+        assert part in text
+
+
+def run_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {"PYTHON": sys.executable, "WORK": str(folder / "work"), "COMMIT": "0123456"} | environment
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), *arguments, str(folder / "out")]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+
+
+def test_suite_says_what_it_would_do(tmp_path: Path) -> None:
+    run = run_suite(tmp_path, "--dry-run")
+    assert run.returncode == 0
+    assert "bench      at most 200 s" in run.stdout
+    assert "in all     at most 525 s" in run.stdout
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("stages would not fail here")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    needed = "bash env cat date dirname mkdir rm tee tail head timeout grep sed sort tr find wc"
+    for tool in needed.split():
+        source = next(p for p in (Path("/usr/bin") / tool, Path("/bin") / tool) if p.exists())
+        (tools / tool).symlink_to(source)
+    run = run_suite(tmp_path, STAGES="machine answers peers profile bench", PATH=str(tools))
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    stages = {stage["stage"]: stage for stage in result["stages"]}
+    assert stages["profile"]["note"] == "ncu is not installed"
+    assert stages["peers"]["status"] == "left out"
+    assert stages["bench"]["status"].startswith("failed")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "table.txt", "suite.log"}
+
+
+def test_suite_leaves_out_stages_without_time(tmp_path: Path) -> None:
+    run_suite(tmp_path, STAGES="machine bench", TOTAL="5")
+    result = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [stage["status"] for stage in result["stages"]] == ["left out", "left out"]
