@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import torch
 from torch import Tensor
 
 from ferret_ext import reference
+from ferret_ext.known_answers import DTYPES, inputs, result
 from ferret_ext.plan import Block, BlockPlan
 
 FORMAT = """\
@@ -42,32 +42,9 @@ A `result` is a checksum and at most the first 8 values as bit patterns. The che
 values: from cbf29ce484222325, for every value's bit pattern, (checksum xor pattern) * 100000001b3 mod 2^64.
 """
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-PRECISION = {"f32": 24, "bf16": 8, "f16": 11, "f64": 53}
-PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 BASES = tuple(reference.KINDS)
 SEEDS = (0, 1, 0x0123456789ABCDEF, 2**64 - 1)
 UNALIGNED, FAR = 3 * 512 + 77, 2**40 + 640
-SHOWN = 8
-
-
-def inputs(start: int, count: int, dtype: str) -> Tensor:
-    """Exact test data, as the file's header describes it."""
-    p, x, values = PRECISION[dtype], start, []
-    for _ in range(count):
-        x = (x * 6364136223846793005 + 1442695040888963407) % 2**64
-        values.append(((x >> (64 - p)) - 2 ** (p - 1)) * 2.0 ** -(p - 1 + (x >> 5) % 8))
-    return torch.tensor(values, dtype=torch.float64).to(DTYPES[dtype])
-
-
-def result(tensor: Tensor) -> str:
-    """Checksum and first values."""
-    size = tensor.element_size()
-    patterns = [bits % 2 ** (8 * size) for bits in tensor.flatten().view(PATTERN[size]).tolist()]
-    checksum = 0xCBF29CE484222325
-    for bits in patterns:
-        checksum = (checksum ^ bits) * 0x100000001B3 % 2**64
-    return " ".join([f"{checksum:016x}", *(f"{bits:0{2 * size}x}" for bits in patterns[:SHOWN])])
 
 
 def hex_words(words: Sequence[Tensor]) -> str:

@@ -3,22 +3,39 @@
 from pathlib import Path
 
 import pytest
-import torch
-from make_golden import DTYPES, inputs, result
 from support import BASES
 
-import ferret_ext
-from ferret_ext import Block, BlockPlan, _native, reference
+from ferret_ext import _native, known_answers, reference
 
+LINES = [
+    line
+    for line in (Path(__file__).parents[1] / "golden.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 KIND = {basis: number for number, basis in enumerate(BASES, start=1)}
+
+
+def lines(*names: str) -> list[pytest.param]:
+    """Every line of these record types."""
+    found = [line for line in LINES if line.split()[0] in names]
+    assert {line.split()[0] for line in found} == set(names), "golden.txt lacks records"
+    return [pytest.param(line, id=name_of(line)) for line in found]
 
 
 def records(name: str) -> list[pytest.param]:
     """(arguments, values) of every line of one record type."""
-    lines = (Path(__file__).parents[1] / "golden.txt").read_text().splitlines()
-    found = [line.split(" : ") for line in lines if line.startswith(f"{name} ")]
+    found = [line for line in LINES if line.split()[0] == name]
     assert found, f"golden.txt has no {name} records"
-    return [pytest.param(left.split()[1:], right, id=left.replace(" ", "-")) for left, right in found]
+    return [pytest.param(*split(line), id=name_of(line)) for line in found]
+
+
+def split(line: str) -> tuple[list[str], str]:
+    left, right = line.split(" : ")
+    return left.split()[1:], right
+
+
+def name_of(line: str) -> str:
+    return line.split(" : ")[0].replace(" ", "-")
 
 
 def cases(name: str) -> pytest.MarkDecorator:
@@ -52,43 +69,21 @@ def test_integers_match_golden(arguments: list[str], values: str) -> None:
     assert reference.integers(seed, basis, offset, count, range(k, k + 1))[0].tolist() == expected
 
 
-@cases("basis")
-def test_basis_matches_golden(isa: str, arguments: list[str], values: str) -> None:
-    dtype, basis, seed = DTYPES[arguments[0]], arguments[1], int(arguments[2], 16)
-    k, offset, numel, count = map(int, arguments[3:])
-    v = ferret_ext.basis(seed, k, (count,), basis=basis, offset=offset, numel=numel, dtype=dtype)
-    assert result(v) == values
+@pytest.mark.parametrize("record", lines("basis", "project", "reconstruct", "apply"))
+def test_operators_match_golden(isa: str, record: str) -> None:
+    assert known_answers.answer(record) == record.split(" : ")[1]
 
 
-@cases("project")
-def test_project_matches_golden(isa: str, arguments: list[str], values: str) -> None:
-    dtype, basis, seed = arguments[0], arguments[1], int(arguments[2], 16)
-    offset, numel, count, K = map(int, arguments[3:7])
-    delta = inputs(int(arguments[7], 16), count, dtype)
-    assert result(ferret_ext.project(delta, seed, K, basis=basis, offset=offset, numel=numel)) == values
+def test_known_answers_of_the_package_are_golden() -> None:
+    """Each is a line of golden.txt with its checksum alone, and this machine gives it."""
+    golden = {line.rsplit(" : ", 1)[0]: line.rsplit(" : ", 1)[1].split()[0] for line in LINES}
+    for record in known_answers.RECORDS:
+        arguments, checksum = record.split(" : ")
+        assert golden[arguments] == checksum
+    assert known_answers.wrong("cpu") == []
 
 
-@cases("reconstruct")
-def test_reconstruct_matches_golden(isa: str, arguments: list[str], values: str) -> None:
-    dtype, basis, seed = DTYPES[arguments[0]], arguments[1], int(arguments[2], 16)
-    offset, numel, count, K = map(int, arguments[3:7])
-    gamma = inputs(int(arguments[7], 16), K, arguments[8])
-    place = {"offset": offset, "numel": numel}
-    assert result(ferret_ext.reconstruct(gamma, seed, (count,), basis=basis, dtype=dtype, **place)) == values
-
-
-@cases("apply")
-def test_apply_matches_golden(isa: str, arguments: list[str], values: str) -> None:
-    dtype, basis = arguments[0], arguments[1]
-    offset, count, K = map(int, arguments[2:5])
-    start, gamma_dtype, alpha = int(arguments[5], 16), arguments[6], float(arguments[7])
-    triples = [arguments[i : i + 3] for i in range(9, len(arguments), 3)]
-    assert len(triples) == int(arguments[8])
-    updates = [
-        (int(seed, 16), inputs(int(gamma, 16), K, gamma_dtype), float(w)) for seed, w, gamma in triples
-    ]
-    param = inputs(start, count, dtype)
-    plan = BlockPlan((("param", count),), (Block("param", offset, count, K),))
-    with torch.no_grad():
-        ferret_ext.apply_(plan, [param], updates, alpha, basis=basis)
-    assert result(param) == values
+def test_an_answer_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = known_answers.RECORDS[3][:-1] + "x"
+    monkeypatch.setattr(known_answers, "RECORDS", (*known_answers.RECORDS[:3], changed))
+    assert known_answers.wrong("cpu") == [changed]
