@@ -296,6 +296,8 @@ def calls(bench: Bench) -> None:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
+    call()  # a kernel must have been loaded before it is captured
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -6,6 +6,7 @@
 // for each other. Groups of 64 columns are summed exactly in int64; groups and updates are folded in the contract's order.
 #include "lanes.cuh"
 #include "prepare.cuh"
+#include "workspace.cuh"
 
 namespace ferret::cuda {
 namespace {

@@ -26,8 +26,8 @@ struct Status {
 size_t project_workspace(const ProjectJob& job);
 size_t apply_workspace(const ApplyJob& job);
 
-// The tables are copied to the workspace from pageable memory. A CUDA graph that captures a call would read that memory
-// again when it is replayed, so these calls must not be captured.
+// A CUDA graph may capture these calls. It keeps the job's tables, seeds, weights and addresses as they were; what lies
+// at the addresses is read when the graph is replayed.
 Status project(const ProjectJob& job, void* workspace, size_t bytes, CUstream_st* stream);
 Status apply(const ApplyJob& job, void* workspace, size_t bytes, CUstream_st* stream);
 

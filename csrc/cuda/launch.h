@@ -1,5 +1,5 @@
-// What every launcher shares: checked launches, and tables that travel to the device in one copy. For .cu files, which
-// nvcc gives the declarations of the CUDA runtime.
+// What every launcher shares: checked launches, and where the pieces of a plan's blocks are. For .cu files, which nvcc
+// gives the declarations of the CUDA runtime.
 #pragma once
 
 #include <algorithm>
@@ -27,49 +27,6 @@ Status launch(const char* where, void (*kernel)(Params), int64_t ctas, CUstream_
 }
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Lays out a workspace: tables first, which are also kept on the host until upload(), then room for results of kernels.
-// With a null base it only measures.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  const T* table(const T* values, int64_t n) {
-    const size_t at = used_;
-    const T* place = room<T>(n);
-    image_.resize(used_);
-    if (n > 0) memcpy(image_.data() + at, values, n * sizeof(T));
-    return place;
-  }
-  template <class T>
-  const T* table(const std::vector<T>& values) {
-    return table(values.data(), static_cast<int64_t>(values.size()));
-  }
-
-  template <class T>
-  T* room(int64_t n) {
-    T* place = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (n * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return place;
-  }
-
-  size_t bytes() const { return used_; }
-
-  Status upload(size_t available, CUstream_st* stream) const {
-    if (used_ == 0) return check(cudaSuccess, "copying the tables");
-    const bool fits = base_ != nullptr && available >= used_ && reinterpret_cast<uintptr_t>(base_) % kAlignment == 0;
-    if (!fits) return check(cudaErrorInvalidValue, "the workspace is too small or not aligned");
-    return check(cudaMemcpyAsync(base_, image_.data(), image_.size(), cudaMemcpyHostToDevice, stream),
-                 "copying the tables");
-  }
-
- private:
-  static constexpr size_t kAlignment = 256;
-  char* base_;
-  size_t used_ = 0;
-  std::vector<char> image_;
-};
 
 // The pieces of one block: [first, last) of the plan's, and the stream elements from the first of them to the last.
 struct BlockPieces {

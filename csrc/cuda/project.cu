@@ -9,6 +9,7 @@
 // float64 sums only the tree's.
 #include "fold.cuh"
 #include "stage.cuh"
+#include "workspace.cuh"
 
 namespace ferret::cuda {
 namespace {

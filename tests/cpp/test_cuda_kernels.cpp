@@ -239,6 +239,20 @@ void test_apply_not_finite(Basis basis) {
   }
 }
 
+// Tables of more than one packet.
+void test_many_blocks() {
+  Case c;
+  for (int b = 0; b < 100; ++b) {
+    c.tensors.emplace_back(Dtype::float32, 600);
+    c.add_block(b * 1024, 600, 1 + b % 3);
+    c.add_piece(b, 0, 600, b * 1024);
+  }
+  c.fill(11);
+  static_assert(100 * sizeof(Block) / sizeof(uint64_t) > size_t{cuda::kPacket} / 2);
+  expect_project<float>(c, nullptr, {kSeed, Basis::rademacher}, "project many blocks");
+  expect_apply<float>(c, some_updates<float>(c.total(), 2), Basis::rademacher, 0.5, "apply many blocks");
+}
+
 void test_workspace() {
   Case c = single(Dtype::float32, 0, 100, 100, 3);
   auto refs = c.refs();
@@ -293,6 +307,7 @@ int main(int argc, char** argv) {
   }
   test_project_fold<float>();
   test_project_fold<double>();
+  test_many_blocks();
   test_workspace();
   Cuda backend;
   golden::run(golden::read(argv[1]), backend, "emulator");

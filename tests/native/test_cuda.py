@@ -1,5 +1,6 @@
 """CUDA against the CPU, bit for bit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,19 +149,71 @@ def test_cuda_uses_the_current_stream() -> None:
     assert_same_bits(got.cpu(), expected)
 
 
-def test_cuda_graph_replays_project_and_apply() -> None:
-    delta, gamma = normal(10000).cuda(), torch.zeros(20, device="cuda")
+def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call, and the tensor to which replays write its result."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        ferret_ext.project(delta, SEED, 20)
+        call()  # what is loaded or allocated once
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gamma.copy_(ferret_ext.project(delta, SEED, 20))
-    delta.copy_(normal(10000, 9))
-    graph.replay()
-    assert_same_bits(gamma.cpu(), ferret_ext.project(normal(10000, 9), SEED, 20))
+        result = call()
+    return graph, result
+
+
+def test_cuda_graph_replays_single_tensor_operators(basis: str) -> None:
+    """The graph reads its inputs anew, and needs nothing that the host has freed or written over."""
+    delta, gamma = normal(10000).cuda(), normal(70, 1).cuda()
+    param = normal(10000, 2).cuda()
+    project, projected = capture(lambda: ferret_ext.project(delta, SEED, 70, basis=basis))
+    rebuild, rebuilt = capture(lambda: ferret_ext.reconstruct(gamma, SEED, 10000, basis=basis))
+    update, _ = capture(lambda: ferret_ext.reconstruct_(param, gamma, SEED, basis=basis))
+    draw, column = capture(lambda: ferret_ext.basis(SEED, 3, 10000, basis=basis, device="cuda"))
+    for seed in (8, 9):
+        delta.copy_(normal(10000, seed))
+        gamma.copy_(normal(70, seed))
+        param.copy_(normal(10000, 2))
+        for tensor in (projected, rebuilt, column):
+            tensor.fill_(float("nan"))
+        for graph in (project, rebuild, update, draw):
+            graph.replay()
+        here = {"basis": basis}
+        assert_same_bits(projected.cpu(), ferret_ext.project(normal(10000, seed), SEED, 70, **here))
+        assert_same_bits(rebuilt.cpu(), ferret_ext.reconstruct(normal(70, seed), SEED, 10000, **here))
+        assert_same_bits(
+            param.cpu(), ferret_ext.reconstruct_(normal(10000, 2), normal(70, seed), SEED, **here)
+        )
+        assert_same_bits(column.cpu(), ferret_ext.basis(SEED, 3, 10000, **here))
+
+
+@pytest.mark.parametrize("count", [6, 900])
+def test_cuda_graph_replays_plan_operators(count: int) -> None:
+    """900 blocks: their tables are larger than the parameters of one kernel."""
+    lengths = [3000 + 7 * (i % 50) for i in range(count)]
+    named = [(f"p{i}", torch.zeros(n, requires_grad=True)) for i, n in enumerate(lengths)]
+    plan = BlockPlan.from_parameters(named, 3 * count)
+
+    def tensors(seed: int, device: str = "cpu") -> list[Tensor]:
+        return [part.to(device) for part in torch.split(normal(sum(lengths), seed), lengths)]
+
+    old, new, gammas = tensors(1, "cuda"), tensors(2, "cuda"), normal(plan.K, 3).cuda()
+    updates = [(1, gammas, 0.5), (2, gammas, -0.25)]
+    project, projected = capture(lambda: ferret_ext.project_difference(plan, old, new, SEED))
+    update, _ = capture(lambda: ferret_ext.apply_(plan, new, updates, 0.1))
+    for seed in (8, 9):
+        for there, here in zip(
+            [*old, *new, gammas], [*tensors(seed), *tensors(5), normal(plan.K, seed)], strict=True
+        ):
+            there.copy_(here)
+        project.replay()
+        update.replay()
+        expected = tensors(5)
+        assert_same_bits(projected.cpu(), ferret_ext.project_difference(plan, tensors(seed), expected, SEED))
+        row = normal(plan.K, seed)
+        ferret_ext.apply_(plan, expected, [(1, row, 0.5), (2, row, -0.25)], 0.1)
+        for there, here in zip(new, expected, strict=True):
+            assert_same_bits(there.cpu(), here)
 
 
 def test_cuda_not_finite_is_an_error_and_leaves_parameters_untouched() -> None:
