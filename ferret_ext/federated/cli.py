@@ -34,6 +34,7 @@ SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
   ferret simulate --out runs/gsm8k --resume
+  ferret simulate --preset paper/gsm8k-7b --dry-run
 """
 EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
@@ -97,6 +98,9 @@ def simulate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that --out has part of, to the same bits"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, memory and traffic; no weights or data are loaded"
     )
     _add_settings(parser, list(configuration.leaves()))
     return parser
@@ -224,6 +228,8 @@ def run_simulation(options: argparse.Namespace) -> int:
     from ferret_ext.federated.engines.in_process import simulate
     from ferret_ext.federated.report import RunFolder
 
+    if options.dry_run:
+        return _dry_run(options)
     config = configuration.build(_with_saved(options, read_settings(options)))
     folder = RunFolder(config, options.overwrite, options.resume)
     console = _console()
@@ -245,6 +251,18 @@ def run_simulation(options: argparse.Namespace) -> int:
     folder.finish(result.model, result.tokenizer, result.history)
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """What the run would be and take."""
+    from ferret_ext.federated import dry_run
+    from ferret_ext.federated.console import Lines
+
+    config = configuration.build(_with_saved(options, read_settings(options)), required=["model"])
+    lines = Lines(_console())
+    for line in dry_run.describe(config):
+        lines.say(line)
     return 0
 
 
