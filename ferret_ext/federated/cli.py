@@ -20,6 +20,7 @@ from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+UNWELL = 1
 REFUSED = 2
 INTERRUPTED = 130
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
@@ -44,6 +45,12 @@ REPLAY_EXAMPLES = """examples:
   ferret replay MODEL runs/gsm8k rebuilt/
   ferret replay MODEL gsm8k.ledger rebuilt/ --round 5
 """
+DOCTOR_EXAMPLES = """examples:
+  ferret doctor
+  ferret doctor --model FOLDER_OR_HUB_NAME --out runs/
+  ferret doctor --listen :9092                    # on the server
+  ferret doctor --connect server.example:9092     # on a client
+"""
 COMPARE_EXAMPLES = """examples:
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/two --variants fedavg,ferret
@@ -60,7 +67,9 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 for what the user can put right, 130 when interrupted."""
+    """Runs the command; returns 0, 1 of a doctor with bad news, 2 for what the user can put right, 130 when
+    interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="ferret", description="Federated full-parameter tuning with kilobytes."
     )
@@ -153,15 +162,11 @@ def eval_parser() -> argparse.ArgumentParser:
 
 
 def replay_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ferret replay",
-        description=textwrap.fill(
-            "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
-            "transformers. No data and no training is needed."
-        ),
-        epilog=REPLAY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = _bare_parser(
+        "replay",
+        "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
+        "transformers. No data and no training is needed.",
+        REPLAY_EXAMPLES,
     )
     parser.add_argument(
         "base", metavar="BASE", help="folder or hub name of the model that the run began with"
@@ -174,13 +179,33 @@ def replay_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    parser = _bare_parser(
+        "doctor",
+        "Looks at this machine: versions, processor, GPUs, whether every device gives the streams' known "
+        "answers, and on request room for a model and the network. A line each says ok, warning or fails; "
+        f"the exit status is {UNWELL} if something fails.",
+        DOCTOR_EXAMPLES,
+    )
+    parser.add_argument("--model", help="folder or hub name: is there memory and disk to tune it?")
+    parser.add_argument("--out", type=Path, default=Path(), help="where runs would be; default here")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="could a server listen here?")
+    parser.add_argument("--connect", metavar="HOST:PORT", help="can a server be reached there?")
+    return parser
+
+
 def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a command that takes settings."""
+    wins = (
+        "Settings come from the preset, then the YAML file, then the flags, then key=value; the later wins."
+    )
+    return _bare_parser(command, f"{description} {wins}", examples)
+
+
+def _bare_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"ferret {command}",
-        description=textwrap.fill(
-            f"{description} Settings come from the preset, then the YAML file, then the flags, then "
-            "key=value; the later wins."
-        ),
+        description=textwrap.fill(description),
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -349,6 +374,18 @@ def run_replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_doctor(options: argparse.Namespace) -> int:
+    """A line a finding."""
+    from ferret_ext.federated import doctor
+    from ferret_ext.federated.console import Lines
+
+    lines, fails = Lines(_console()), False
+    for finding in doctor.examine(options.model, options.out, options.listen, options.connect):
+        lines.say(str(finding))
+        fails = fails or finding.verdict == "fails"
+    return UNWELL if fails else 0
+
+
 def _console(plain_width: int = PLAIN_WIDTH) -> Console:
     """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
     import transformers
@@ -367,4 +404,5 @@ COMMANDS = {
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
+    "doctor": Command("look at this machine and its devices", doctor_parser, run_doctor),
 }

@@ -43,7 +43,7 @@ def _model_line(config: SimulationConfig, model: Any) -> str:
     count, dtype = sum(param.numel() for param in trained), next(iter(trained)).dtype
     which = "all" if count == every else f"{count:,} of {config.adapter.type}"
     return (
-        f"model: {every:,} parameters, {which} trained: {_bytes(models.trainable_bytes(model))} in "
+        f"model: {every:,} parameters, {which} trained: {in_words(models.trainable_bytes(model))} in "
         f"{str(dtype).removeprefix('torch.')}"
     )
 
@@ -95,14 +95,14 @@ def _memory_lines(config: SimulationConfig, model: Any) -> Iterator[str]:
     if device.type == "cpu":
         parts["this process with its libraries"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     free, needed = free_memory(device), sum(parts.values())
-    verdict = "" if free is None else f" of {_bytes(free)} free"
-    yield f"memory on {device}, about: {_bytes(needed)}{verdict}"
-    yield from (f"  {_bytes(size):>10}  {name}" for name, size in parts.items())
+    verdict = "" if free is None else f" of {in_words(free)} free"
+    yield f"memory on {device}, about: {in_words(needed)}{verdict}"
+    yield from (f"  {in_words(size):>10}  {name}" for name, size in parts.items())
     if free is not None and needed > free:
         yield "warning: the memory will not be enough"
     out, size = Path(config.out or ".").expanduser(), estimate.disk(config, model)
     left = free_disk(out)
-    yield f"disk for {out}, about: {_bytes(size)} of {_bytes(left)} free"
+    yield f"disk for {out}, about: {in_words(size)} of {in_words(left)} free"
     if size > left:
         yield "warning: the disk will not be enough"
 
@@ -117,8 +117,8 @@ def _traffic_lines(config: SimulationConfig, model: Any, full: int, blocks: int)
         return
     whole = config.rounds * it.chosen * full
     yield (
-        f"all rounds and clients, about: {at_most}{_bytes(it.up(config.rounds))} up, "
-        f"{_bytes(it.down(config.rounds))} down; whole models would be {_bytes(whole)} each way"
+        f"all rounds and clients, about: {at_most}{in_words(it.up(config.rounds))} up, "
+        f"{in_words(it.down(config.rounds))} down; whole models would be {in_words(whole)} each way"
     )
 
 
@@ -147,7 +147,8 @@ def _times(full: int, size: int) -> str:
     )
 
 
-def _bytes(size: float) -> str:
+def in_words(size: float) -> str:
+    """Bytes with a unit that suits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:,.1f} {unit}"
