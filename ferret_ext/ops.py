@@ -239,6 +239,11 @@ def apply_(
         _apply_in_place(params, plan.blocks_table, plan.pieces_table, stacked, seeds, weights, alpha, kind)
 
 
+def has_cuda() -> bool:
+    """Whether the operators for CUDA are loaded."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("ferret::project", "CUDA")
+
+
 def cpu_capability() -> dict[str, Any]:
     """The CPU path in use (`isa`) and those that this processor can run (`available`, best last).
 

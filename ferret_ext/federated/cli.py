@@ -20,6 +20,7 @@ from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+UNWELL = 1
 REFUSED = 2
 INTERRUPTED = 130
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
@@ -34,6 +35,7 @@ SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
   ferret simulate --out runs/gsm8k --resume
+  ferret simulate --preset paper/gsm8k-7b --dry-run
 """
 EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
@@ -42,6 +44,12 @@ EVAL_EXAMPLES = """examples:
 REPLAY_EXAMPLES = """examples:
   ferret replay MODEL runs/gsm8k rebuilt/
   ferret replay MODEL gsm8k.ledger rebuilt/ --round 5
+"""
+DOCTOR_EXAMPLES = """examples:
+  ferret doctor
+  ferret doctor --model FOLDER_OR_HUB_NAME --out runs/
+  ferret doctor --listen :9092                    # on the server
+  ferret doctor --connect server.example:9092     # on a client
 """
 COMPARE_EXAMPLES = """examples:
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
@@ -59,7 +67,9 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 for what the user can put right, 130 when interrupted."""
+    """Runs the command; returns 0, 1 of a doctor with bad news, 2 for what the user can put right, 130 when
+    interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="ferret", description="Federated full-parameter tuning with kilobytes."
     )
@@ -97,6 +107,9 @@ def simulate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that --out has part of, to the same bits"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, memory and traffic; no weights or data are loaded"
     )
     _add_settings(parser, list(configuration.leaves()))
     return parser
@@ -150,15 +163,11 @@ def eval_parser() -> argparse.ArgumentParser:
 
 
 def replay_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ferret replay",
-        description=textwrap.fill(
-            "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
-            "transformers. No data and no training is needed."
-        ),
-        epilog=REPLAY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = _bare_parser(
+        "replay",
+        "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
+        "transformers. No data and no training is needed.",
+        REPLAY_EXAMPLES,
     )
     parser.add_argument(
         "base", metavar="BASE", help="folder or hub name of the model that the run began with"
@@ -171,13 +180,33 @@ def replay_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    parser = _bare_parser(
+        "doctor",
+        "Looks at this machine: versions, processor, GPUs, whether every device gives the streams' known "
+        "answers, and on request room for a model and the network. A line each says ok, warning or fails; "
+        f"the exit status is {UNWELL} if something fails.",
+        DOCTOR_EXAMPLES,
+    )
+    parser.add_argument("--model", help="folder or hub name: is there memory and disk to tune it?")
+    parser.add_argument("--out", type=Path, default=Path(), help="where runs would be; default here")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="could a server listen here?")
+    parser.add_argument("--connect", metavar="HOST:PORT", help="can a server be reached there?")
+    return parser
+
+
 def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a command that takes settings."""
+    wins = (
+        "Settings come from the preset, then the YAML file, then the flags, then key=value; the later wins."
+    )
+    return _bare_parser(command, f"{description} {wins}", examples)
+
+
+def _bare_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"ferret {command}",
-        description=textwrap.fill(
-            f"{description} Settings come from the preset, then the YAML file, then the flags, then "
-            "key=value; the later wins."
-        ),
+        description=textwrap.fill(description),
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -225,6 +254,8 @@ def run_simulation(options: argparse.Namespace) -> int:
     from ferret_ext.federated.engines.in_process import simulate
     from ferret_ext.federated.report import RunFolder
 
+    if options.dry_run:
+        return _dry_run(options)
     config = configuration.build(_with_saved(options, read_settings(options)))
     folder = RunFolder(config, options.overwrite, options.resume)
     console = _console()
@@ -246,6 +277,18 @@ def run_simulation(options: argparse.Namespace) -> int:
     folder.finish(result.model, result.tokenizer, result.history)
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """What the run would be and take."""
+    from ferret_ext.federated import dry_run
+    from ferret_ext.federated.console import Lines
+
+    config = configuration.build(_with_saved(options, read_settings(options)), required=["model"])
+    lines = Lines(_console())
+    for line in dry_run.describe(config):
+        lines.say(line)
     return 0
 
 
@@ -332,6 +375,18 @@ def run_replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_doctor(options: argparse.Namespace) -> int:
+    """A line a finding."""
+    from ferret_ext.federated import doctor
+    from ferret_ext.federated.console import Lines
+
+    lines, fails = Lines(_console()), False
+    for finding in doctor.examine(options.model, options.out, options.listen, options.connect):
+        lines.say(str(finding))
+        fails = fails or finding.verdict == "fails"
+    return UNWELL if fails else 0
+
+
 def _console(plain_width: int = PLAIN_WIDTH) -> Console:
     """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
     import transformers
@@ -350,4 +405,5 @@ COMMANDS = {
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
+    "doctor": Command("look at this machine and its devices", doctor_parser, run_doctor),
 }

@@ -31,6 +31,31 @@ def load(name: str, dtype: str, device: torch.device, seed: int) -> tuple[Any, A
     return model.to(device), tokenizer
 
 
+def skeleton(name: str, dtype: str) -> Any:
+    """What `load` gives as model, on the meta device: shapes and dtypes, and no weights. Raises ConfigError.
+
+    Of a model on the hub only the config is fetched. Of a folder that PEFT has saved it is the base model.
+    """
+    if name == TINY_LLAMA:
+        with torch.device("meta"):
+            model = tiny_llama(0)
+        return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = _source(name)
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            from peft import PeftConfig
+
+            source = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
+        config = AutoConfig.from_pretrained(source)
+        wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
+        raise _no_model(name, error) from None
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" takes a GPU where there is one. Raises ConfigError."""
     if name == "auto":
@@ -108,14 +133,9 @@ def byte_tokenizer() -> Any:
 def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(name).expanduser()
-    if name.startswith("builtin:"):
-        raise ConfigError(f"model: expected {TINY_LLAMA}, got {name!r}")
-    if not folder.is_dir() and name.startswith((".", "/", "~")):
-        raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
-    source = str(folder) if folder.is_dir() else name
+    source = _source(name)
     try:
-        if (folder / "adapter_config.json").is_file():
+        if (Path(source) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -123,12 +143,26 @@ def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        where = "" if folder.is_dir() else ", which is no folder here"
-        raise ConfigError(
-            f"model: expected a causal language model with its tokenizer at {name!r}{where}: {reason}"
-        ) from None
+        raise _no_model(name, error) from None
     return model, tokenizer
+
+
+def _source(name: str) -> str:
+    """The folder, or the name itself for the hub. Raises ConfigError."""
+    folder = Path(name).expanduser()
+    if name.startswith("builtin:"):
+        raise ConfigError(f"model: expected {TINY_LLAMA}, got {name!r}")
+    if not folder.is_dir() and name.startswith((".", "/", "~")):
+        raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
+    return str(folder) if folder.is_dir() else name
+
+
+def _no_model(name: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    where = "" if Path(name).expanduser().is_dir() else ", which is no folder here"
+    return ConfigError(
+        f"model: expected a causal language model with its tokenizer at {name!r}{where}: {reason}"
+    )
 
 
 def _check(name: str, model: Any, tokenizer: Any) -> None:

@@ -1,0 +1,205 @@
+"""What a run will take, before anything heavy is loaded: memory, disk and traffic, from the shapes alone.
+
+Bytes of messages are exact but for a few of their heads, since numbers take less room when they are small.
+Memory is an estimate: what a step of training holds besides weights and gradients depends on the model's
+code. It supposes layers as Llama has them, and records as long as they may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ferret_ext.federated import models, wire
+from ferret_ext.federated.algorithms.base import stream_contract, trainable
+from ferret_ext.federated.config import SimulationConfig
+from ferret_ext.federated.data.protocols import PROTOCOLS
+from ferret_ext.federated.presets import REFERENCE_CODE
+from ferret_ext.federated.wire import Message
+from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
+
+LARGE = 2**63  # stands for any seed
+RELAYED = ("ferret", "decomfl", "feedsign")  # algorithms whose broadcasts stand on each other
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one message each: a client's update, the broadcast after a round of `chosen` clients.
+
+    clients: how many there are in all. relayed: a client that was away gets every broadcast that it missed.
+    at_most: the sizes of updates depend on the training, and these are the largest.
+    """
+
+    update: int
+    broadcast: int
+    chosen: int
+    clients: int
+    relayed: bool
+    at_most: bool
+
+    def up(self, rounds: int) -> int:
+        """Bytes that all clients send in so many rounds."""
+        return rounds * self.chosen * self.update
+
+    def down(self, rounds: int) -> int:
+        """Bytes that all clients receive, on average over who is drawn. The last broadcast reaches nobody.
+
+        Round r's reaches a client in any round after it in which the client is drawn.
+        """
+        if not self.relayed:
+            return (rounds - 1) * self.chosen * self.broadcast
+        away = 1 - self.chosen / self.clients
+        reached = rounds - 1 - sum(away**later for later in range(1, rounds))
+        return round(reached * self.clients * self.broadcast)
+
+
+# ---- traffic ----
+
+
+def clients_of(config: SimulationConfig) -> int | None:
+    """How many clients there will be; None where only the data tells."""
+    protocol = PROTOCOLS[config.dataset.protocol]
+    kind = protocol.kind if config.partition.kind == "auto" else config.partition.kind
+    if config.num_clients is None and kind != "natural-id":
+        return protocol.num_clients
+    return config.num_clients
+
+
+def traffic(config: SimulationConfig, model: Any, blocks: int) -> Traffic:
+    """The messages of a run on this model. blocks: of the plan, where the algorithm has one."""
+    clients = clients_of(config) or 1
+    chosen = max(1, round(config.client_fraction * clients))
+    update = _update(config, model, blocks)
+    broadcast = _broadcast(config, model, blocks, update, chosen)
+    at_most = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
+    return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most)
+
+
+def _update(config: SimulationConfig, model: Any, blocks: int) -> int:
+    """Bytes of a client's update."""
+    algorithm, K = config.algorithm, config.ferret.K
+    contract = stream_contract(config.ferret.chosen_basis)
+    if algorithm == "ferret" and config.ferret.mode == "paper":
+        return _size(algorithm, {"contract": contract, "seed": LARGE, "gammas": (4, K)})
+    if algorithm == "ferret":
+        return _size(
+            REFERENCE_CODE,
+            {"contract": contract, "seed": LARGE, "counts": (4, blocks), "gammas": (4, blocks * K)},
+        )
+    if algorithm in PUBLISHED and algorithm != "fedzo":
+        chosen = with_published(config.zeroth_order, algorithm)
+        steps, directions = given(chosen.steps), given(chosen.perturbations)
+        if algorithm == "feedsign":
+            return _size(algorithm, {"votes": (1, 1, directions)})
+        if algorithm == "decomfl":
+            return _size(algorithm, {"slopes": (4, steps, directions)})
+        wide = 4 if chosen.candidate_seeds > 65536 else 2
+        count = steps * directions
+        return _size(algorithm, {"candidates": (wide, count), "slopes": (4, count)})
+    return _size(algorithm, _whole(model))
+
+
+def _broadcast(config: SimulationConfig, model: Any, blocks: int, update: int, chosen: int) -> int:
+    """Bytes of what the server relays after a round."""
+    algorithm, K = config.algorithm, config.ferret.K
+    contract = stream_contract(config.ferret.chosen_basis)
+    if algorithm == "ferret" and config.ferret.mode == "paper":
+        return (
+            _size(algorithm, {"contract": contract, "step": 1.0, "updates": [b""] * chosen}) + chosen * update
+        )
+    if algorithm == "ferret":
+        return _size(REFERENCE_CODE, {"contract": contract, "step": 1.0, "pool": (4, blocks * K)})
+    if algorithm.startswith("fedkseed"):
+        candidates = config.zeroth_order.candidate_seeds
+        pro = {name: (4, candidates) for name in ("magnitudes", "visits") if algorithm == "fedkseed-pro"}
+        return _size(algorithm, {"seed": LARGE, "sums": (4, candidates), **pro})
+    if algorithm in ("decomfl", "feedsign"):
+        return update + _size(algorithm, {"seed": LARGE, "next_seed": LARGE}) - _size(algorithm, {})
+    return _size(algorithm, _whole(model))
+
+
+def _whole(model: Any) -> dict[str, Any]:
+    params = trainable(model).values()
+    return {str(index): (param.element_size(), param.numel()) for index, param in enumerate(params)}
+
+
+def _size(algorithm: str, values: Mapping[str, Any]) -> int:
+    """Bytes of a message; (n, *shape) stands for an array of that shape with n bytes an element."""
+    arrays = {name: value for name, value in values.items() if isinstance(value, tuple)}
+    empty = {name: np.empty((0,) * (len(shape) - 1), np.uint8) for name, shape in arrays.items()}
+    head = wire.encode(Message(algorithm, "update", wire.NO_DIGEST, 1, values={**values, **empty}))
+    return len(head) + sum(math.prod(value) for value in arrays.values())
+
+
+# ---- memory and disk ----
+
+
+def memory(config: SimulationConfig, model: Any) -> dict[str, int]:
+    """Bytes of a run of all clients in this process, by what they are for, besides the libraries' own.
+
+    model: with its adapter; config: with auto resolved (`adapters.resolve`).
+    """
+    whole = sum(param.numel() * param.element_size() for param in model.parameters())
+    trained = models.trainable_bytes(model)
+    parts = {"weights of the server and the clients": 2 * whole, **_copies(config, trained)}
+    if config.algorithm not in PUBLISHED:
+        moments = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
+        parts["gradients"] = trained
+        parts["state of the optimiser"] = moments * trained
+        batch = config.training.per_device_train_batch_size
+        parts["activations of a batch"] = activations(config, model, batch, training=True)
+    else:
+        batch = config.evaluation.per_device_eval_batch_size
+        parts["activations of a batch"] = activations(config, model, batch, training=False)
+    return {name: size for name, size in parts.items() if size}
+
+
+def _copies(config: SimulationConfig, trained: int) -> dict[str, int]:
+    """What is kept of the weights to go back to, and in messages as large as they are."""
+    algorithm, in_memory = config.algorithm, config.zeroth_order.snapshot == "memory"
+    if algorithm.startswith("fedkseed"):
+        return {"the weights to go back to": 3 * trained * in_memory}
+    if algorithm in ("decomfl", "feedsign"):
+        chosen = with_published(config.zeroth_order, algorithm)
+        in_place = chosen.perturbation == "in_place" or chosen.generator == "torch"
+        return {"the weights to go back to": trained * (in_memory and (in_place or given(chosen.steps) > 1))}
+    if algorithm == "ferret":
+        return {"the weights to go back to": trained}
+    chosen_clients = max(1, round(config.client_fraction * (clients_of(config) or 1)))
+    return {"the weights to go back to": trained, "updates and broadcast": (chosen_clients + 2) * trained}
+
+
+def activations(config: SimulationConfig, model: Any, batch: int, *, training: bool) -> int:
+    """Bytes that a forward pass holds, and a backward pass needs, at the longest records.
+
+    A layer of Llama keeps about 14 vectors of its width and 5 of its MLP's for each token; logits are there
+    as the model gives them, and three times in float32 (widened, normalised, their gradient).
+    """
+    text = model.config.get_text_config()
+    width, layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    element = next(model.parameters()).element_size()
+    tokens = batch * models.max_length(model, config.dataset.max_length)
+    logits: int = tokens * text.vocab_size * (element + (12 if training else 8))
+    layer: int = tokens * (14 * width + 5 * inner) * element
+    if not training:
+        return logits + layer
+    if config.training.gradient_checkpointing:
+        inputs: int = layers * tokens * width * element
+        return logits + layer + inputs
+    every: int = layers * layer
+    return logits + every
+
+
+def disk(config: SimulationConfig, model: Any) -> int:
+    """Bytes of the run's folder: the model, snapshots, and a ledger of all broadcasts."""
+    trained = models.trainable_bytes(model)
+    whole: int = sum(param.numel() * param.element_size() for param in model.parameters())
+    every = config.ledger.snapshot_every if config.algorithm in RELAYED else 0
+    snapshots = min(config.ledger.keep_snapshots + 1, config.rounds // every) if every else 0
+    broadcasts = config.rounds * traffic(config, model, len(trainable(model))).broadcast
+    return whole + snapshots * trained + broadcasts
