@@ -47,6 +47,7 @@ def comparison(*losses: float) -> dict[str, Any]:
 def test_page_has_rows_findings_and_the_papers_figures() -> None:
     page = runpy.run_path(str(PAGE))["page"]({"gsm8k": comparison(2.25, 2.75)})
     assert "| fedavg | 2.250 |" in page
+    assert page.index("| fedavg | 2.250 | one seed") < page.index("| ferret | 2.750 | one seed")
     assert "with m, 1 rounds, seeds 5; a processor, threads: 1" in page
     assert "take 1.00% of its local training" in page
     assert "FedAvg sends 100 times as many bytes as Ferret" in page
