@@ -51,6 +51,11 @@ DOCTOR_EXAMPLES = """examples:
   ferret doctor --listen :9092                    # on the server
   ferret doctor --connect server.example:9092     # on a client
 """
+INSPECT_EXAMPLES = """examples:
+  ferret inspect runs/gsm8k
+  ferret inspect runs/gsm8k/ledger
+  ferret inspect update.bin plan.json
+"""
 COMPARE_EXAMPLES = """examples:
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/two --variants fedavg,ferret
@@ -191,6 +196,17 @@ def doctor_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(), help="where runs would be; default here")
     parser.add_argument("--listen", metavar="HOST:PORT", help="could a server listen here?")
     parser.add_argument("--connect", metavar="HOST:PORT", help="can a server be reached there?")
+    return parser
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    parser = _bare_parser(
+        "inspect",
+        "Says what a file or folder is and holds: a run's folder, a ledger, a message of the wire format or "
+        "a block plan as JSON. A ledger's records are checked for their place on the way.",
+        INSPECT_EXAMPLES,
+    )
+    parser.add_argument("paths", metavar="PATH", nargs="+", type=Path)
     return parser
 
 
@@ -374,6 +390,18 @@ def run_replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_inspection(options: argparse.Namespace) -> int:
+    """Lines on each path."""
+    from ferret_ext.federated import inspection
+    from ferret_ext.federated.console import Lines
+
+    lines = Lines(_console())
+    for path in options.paths:
+        for line in inspection.describe(path):
+            lines.say(line)
+    return 0
+
+
 def run_doctor(options: argparse.Namespace) -> int:
     """A line a finding."""
     from ferret_ext.federated import doctor
@@ -404,5 +432,8 @@ COMMANDS = {
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
+    "inspect": Command(
+        "say what a run's folder, ledger, message or plan holds", inspect_parser, run_inspection
+    ),
     "doctor": Command("look at this machine and its devices", doctor_parser, run_doctor),
 }
