@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ferret_ext import __version__
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated import presets
+from ferret_ext.federated import presets, tools
+from ferret_ext.federated.command import INTERRUPTED, REFUSED, Command, make_console, make_parser
 from ferret_ext.federated.data.errors import DataError
 from ferret_ext.federated.presets import PRESETS
 from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, read_override, read_yaml
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-UNWELL = 1
-REFUSED = 2
-INTERRUPTED = 130
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
 LESS_MEMORY = (
     "less is needed with a smaller training.per_device_train_batch_size or dataset.max_length, with "
     "training.gradient_checkpointing=true, or with dtype=bfloat16"
 )
-PLAIN_WIDTH, COMPARISON_WIDTH = 100, 160  # of tables where the output is no terminal
+COMPARISON_WIDTH = 160  # of a table where the output is no terminal
 
 SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
@@ -45,25 +37,10 @@ REPLAY_EXAMPLES = """examples:
   ferret replay MODEL runs/gsm8k rebuilt/
   ferret replay MODEL gsm8k.ledger rebuilt/ --round 5
 """
-DOCTOR_EXAMPLES = """examples:
-  ferret doctor
-  ferret doctor --model FOLDER_OR_HUB_NAME --out runs/
-  ferret doctor --listen :9092                    # on the server
-  ferret doctor --connect server.example:9092     # on a client
-"""
 COMPARE_EXAMPLES = """examples:
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k --seeds 0,1,2
   ferret compare --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/two --variants fedavg,ferret
 """
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand. `run` returns the exit status, and raises ConfigError, DataError or DivergedError."""
-
-    summary: str
-    parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +140,7 @@ def eval_parser() -> argparse.ArgumentParser:
 
 
 def replay_parser() -> argparse.ArgumentParser:
-    parser = _bare_parser(
+    parser = make_parser(
         "replay",
         "Rebuilds a run's model from its base and its ledger, to the bit, and saves it as a folder for "
         "transformers. No data and no training is needed.",
@@ -180,37 +157,12 @@ def replay_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def doctor_parser() -> argparse.ArgumentParser:
-    parser = _bare_parser(
-        "doctor",
-        "Looks at this machine: versions, processor, GPUs, whether every device gives the streams' known "
-        "answers, and on request room for a model and the network. A line each says ok, warning or fails; "
-        f"the exit status is {UNWELL} if something fails.",
-        DOCTOR_EXAMPLES,
-    )
-    parser.add_argument("--model", help="folder or hub name: is there memory and disk to tune it?")
-    parser.add_argument("--out", type=Path, default=Path(), help="where runs would be; default here")
-    parser.add_argument("--listen", metavar="HOST:PORT", help="could a server listen here?")
-    parser.add_argument("--connect", metavar="HOST:PORT", help="can a server be reached there?")
-    return parser
-
-
 def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """The parser of a command that takes settings."""
     wins = (
         "Settings come from the preset, then the YAML file, then the flags, then key=value; the later wins."
     )
-    return _bare_parser(command, f"{description} {wins}", examples)
-
-
-def _bare_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"ferret {command}",
-        description=textwrap.fill(description),
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return make_parser(command, f"{description} {wins}", examples)
 
 
 def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
@@ -258,7 +210,7 @@ def run_simulation(options: argparse.Namespace) -> int:
         return _dry_run(options)
     config = configuration.build(_with_saved(options, read_settings(options)))
     folder = RunFolder(config, options.overwrite, options.resume)
-    console = _console()
+    console = make_console()
     if options.resume and folder.finished:
         console.print(f"finished before: {folder.path}", markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -286,7 +238,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from ferret_ext.federated.console import Lines
 
     config = configuration.build(_with_saved(options, read_settings(options)), required=["model"])
-    lines = Lines(_console())
+    lines = Lines(make_console())
     for line in dry_run.describe(config):
         lines.say(line)
     return 0
@@ -317,7 +269,7 @@ def run_comparison(options: argparse.Namespace) -> int:
 
     out = Path(configuration.build(settings_of(variants[0])).out).expanduser()
     runs = compare.plan(settings_of, variants, options.seeds, out)
-    console = _console(COMPARISON_WIDTH)
+    console = make_console(COMPARISON_WIDTH)
     say = Lines(console).say
     done = [run.finished(options.overwrite) for run in runs]
     failed = {}
@@ -348,7 +300,7 @@ def run_evaluation(options: argparse.Namespace) -> int:
     settings = [*whole_file(options.data), *read_settings(options, not_from_file=["out"])]
     config = configuration.build(settings, required=["model", "data"])
     folder = EvaluationFolder(config, options.overwrite) if config.out else None
-    console = _console()
+    console = make_console()
     evaluation = evaluate(config, Lines(console))
     show_evaluation(console, evaluation)
     if folder:
@@ -365,7 +317,7 @@ def run_replay(options: argparse.Namespace) -> int:
     from ferret_ext.federated.report import ModelFolder
 
     folder = ModelFolder(configuration.SimulationConfig(out=options.out), options.overwrite)
-    console = _console()
+    console = make_console()
     replayed = replay(options.base, options.ledger, options.round, options.head)
     folder.begin()
     with folder.writing():
@@ -375,35 +327,10 @@ def run_replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_doctor(options: argparse.Namespace) -> int:
-    """A line a finding."""
-    from ferret_ext.federated import doctor
-    from ferret_ext.federated.console import Lines
-
-    lines, fails = Lines(_console()), False
-    for finding in doctor.examine(options.model, options.out, options.listen, options.connect):
-        lines.say(str(finding))
-        fails = fails or finding.verdict == "fails"
-    return UNWELL if fails else 0
-
-
-def _console(plain_width: int = PLAIN_WIDTH) -> Console:
-    """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
-    import transformers
-    from rich.console import Console
-
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    console = Console()
-    if not console.is_terminal:
-        console.width = plain_width
-    return console
-
-
 COMMANDS = {
     "simulate": Command("run all clients in this process", simulate_parser, run_simulation),
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
-    "doctor": Command("look at this machine and its devices", doctor_parser, run_doctor),
+    **tools.COMMANDS,
 }

@@ -29,7 +29,7 @@ def describe(config: SimulationConfig) -> Iterator[str]:
     with torch.device("meta"):
         model = adapters.attach(base, config.adapter, derive(config.seed, "adapter"))
     yield _model_line(config, model)
-    plan = _plan(config, model)
+    plan = plan_of(config, model)
     if plan is not None:
         yield _plan_line(plan)
     yield from _work_lines(config, model)
@@ -48,7 +48,7 @@ def _model_line(config: SimulationConfig, model: Any) -> str:
     )
 
 
-def _plan(config: SimulationConfig, model: Any) -> BlockPlan | None:
+def plan_of(config: SimulationConfig, model: Any) -> BlockPlan | None:
     """The first round's plan; None for algorithms without one."""
     if config.algorithm != "ferret":
         return None

@@ -34,8 +34,8 @@ AXES: tuple[tuple[str, Along, bool], ...] = (
 )
 
 
-def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Writes comparison.png and comparison.svg."""
+def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path, name: str = "comparison") -> None:
+    """Writes NAME.png and NAME.svg."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,8 +53,8 @@ def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
         panels[0].set(ylabel="evaluation loss, nats a response token")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False)
-        figure.savefig(folder / "comparison.png", dpi=150)
-        figure.savefig(folder / "comparison.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along, first: int) -> None:

@@ -100,6 +100,7 @@ class RunFolder(ResultFolder):
         "partition.svg",
         "run.json",
         "model",
+        "plots",
     )
     holdings: Holdings | None = None  # who holds what, written when the folder begins
 
