@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ferret_ext.federated import dry_run, journal, ledger, models, wire
 from ferret_ext.federated.algorithms.ferret import BY_NORM, block_norms
 from ferret_ext.federated.config import SimulationConfig, build
-from ferret_ext.federated.plot import INK, LOSS, STYLE, WHOLE
+from ferret_ext.federated.plot import LOSS, STYLE, WHOLE
 from ferret_ext.federated.plot_comparison import COLOURS, save_comparison_plot
 from ferret_ext.federated.settings import ConfigError, read_yaml
 from ferret_ext.plan import BlockPlan
@@ -151,7 +151,9 @@ def _draw_coordinates(axes: Axes, label: str, plans: Sequence[BlockPlan]) -> Non
         places, last, color=LOSS, height=0.7, label=f"round {len(plans)}" if first != last else "all rounds"
     )
     if first != last:
-        axes.plot(first, places, "|", color=INK, markersize=9, markeredgewidth=1.6, label="round 1, by size")
+        axes.plot(
+            first, places, "|", color=COLOURS[1], markersize=9, markeredgewidth=2.2, label="round 1, by size"
+        )
         axes.legend(frameon=False, loc="lower right")
     if len(last) <= MOST_NAMES:
         axes.set_yticks(list(places), [block.name for block in plans[0].blocks], fontsize=8)
@@ -161,4 +163,4 @@ def _draw_coordinates(axes: Axes, label: str, plans: Sequence[BlockPlan]) -> Non
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=WHOLE, alpha=0.4, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set(title=f"{label}: {plans[0].K:,} coordinates by block", xlabel="coordinates K_l")
+    axes.set(title=f"{label}: {plans[0].K:,} coordinates by block", xlabel="coordinates $K_l$")
