@@ -27,11 +27,16 @@ FERRET_HD constexpr int basis_exponent(Basis basis) {
 // rho * d: the variance of an element before the 1/sqrt(d) scaling. uniform: (256^2 - 1) / 3 / 256^2.
 FERRET_HD constexpr double basis_variance(Basis basis) { return basis == Basis::uniform ? 21845.0 / 65536.0 : 1.0; }
 
+FERRET_HD Words stream_counter(Basis basis, uint64_t t, uint32_t k) {
+  return {{static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), k, kContractTag | static_cast<uint32_t>(basis)}};
+}
+
 // The four words of group t of column k.
 FERRET_HD Words stream_words(uint64_t seed, Basis basis, uint64_t t, uint32_t k) {
-  const Words ctr = {
-      {static_cast<uint32_t>(t), static_cast<uint32_t>(t >> 32), k, kContractTag | static_cast<uint32_t>(basis)}};
-  return philox4x32_10(ctr, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox4x32_10(stream_counter(basis, t, k), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+FERRET_HD Words stream_words(const RoundKeys& keys, Basis basis, uint64_t t, uint32_t k) {
+  return philox4x32_10(stream_counter(basis, t, k), keys);
 }
 
 FERRET_HD float bits_to_float(uint32_t bits) {

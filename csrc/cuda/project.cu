@@ -7,7 +7,11 @@
 // column folds the four values. Nodes' sums go to the workspace and are folded to the root by fold_kernel. Which level
 // the units have, how columns are batched and calls are shared out changes no bit: integer sums have no order, and
 // float64 sums only the tree's.
+#include <cstdlib>
+#include <string>
+
 #include "fold.cuh"
+#include "matrix.cuh"
 #include "stage.cuh"
 #include "workspace.cuh"
 
@@ -32,7 +36,7 @@ struct ProjectParams {
   const ProjectBlock* blocks;  // [L]
   int64_t num_blocks;
   Deltas deltas;
-  uint64_t seed;
+  RoundKeys keys;
   int level;
   int64_t items;
   double* sums;  // [block][node][column]
@@ -42,8 +46,9 @@ __host__ __device__ constexpr int unit_shift(int level) { return level == 0 ? kS
 
 // This thread's share of the raw sums of a stage.
 template <Basis basis, class Real>
-__device__ __forceinline__ void sum_calls(uint64_t seed, uint64_t first_tile, uint32_t column, const Share& share,
-                                          const TileHeader<Real>* headers, Stage<basis, Real>& stage) {
+__device__ __forceinline__ void sum_calls(const RoundKeys& keys, uint64_t first_tile, uint32_t column,
+                                          const Share& share, const TileHeader<Real>* headers,
+                                          cuda::Stage<basis, Real>& stage) {
   using Shape = Layout<basis>;
   constexpr int limbs = Working<Real>::limbs;
   if (!share.active) return;
@@ -51,7 +56,7 @@ __device__ __forceinline__ void sum_calls(uint64_t seed, uint64_t first_tile, ui
     int64_t sums[limbs] = {};
     if (headers[tile].has_integers()) {
       for (int call = share.call; call < Shape::calls; call += share.call_step) {
-        const Words words = stream_words(seed, basis, (first_tile + tile) * Shape::calls + call, column);
+        const Words words = stream_words(keys, basis, (first_tile + tile) * Shape::calls + call, column);
         for (int limb = 0; limb < limbs; ++limb) {
           add_call<basis>(words, &stage.q[limb][tile * Shape::tile_stride + call * Shape::call_stride], sums[limb]);
         }
@@ -63,8 +68,8 @@ __device__ __forceinline__ void sum_calls(uint64_t seed, uint64_t first_tile, ui
 
 // A tile's value for the thread's column.
 template <Basis basis, class Real>
-__device__ __forceinline__ double tile_value(const Stage<basis, Real>& stage, const TileHeader<Real>& header, int tile,
-                                             const Share& share) {
+__device__ __forceinline__ double tile_value(const cuda::Stage<basis, Real>& stage, const TileHeader<Real>& header,
+                                             int tile, const Share& share) {
   if (!header.has_integers()) return header.exponent == kZeroExponent ? 0.0 : Limits<double>::nan;
   int64_t sums[2] = {};
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
@@ -77,34 +82,51 @@ __device__ __forceinline__ double tile_value(const Stage<basis, Real>& stage, co
   return value * power_of_two(header.exponent - kDeltaBits, double());
 }
 
+// What sums a stage and gives its tiles' values: this on the ordinary units, or Matrix.
+template <Basis basis, class Real>
+struct Simt {
+  using Stage = cuda::Stage<basis, Real>;
+  static constexpr int calls = Layout<basis>::calls;
+
+  __device__ __forceinline__ static void sum(const Deltas& deltas, const RoundKeys& keys, const BlockPieces& pieces,
+                                             uint64_t first_tile, uint32_t first_column, const Share& share, int turn,
+                                             Stage& stage) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    quantise_tile(deltas, pieces, first_tile + warp, warp, stage, stage.headers[turn][warp]);
+    __syncthreads();
+    sum_calls(keys, first_tile, first_column + share.column, share, stage.headers[turn], stage);
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ static double value(const Stage& stage, int turn, int tile, const Share& share) {
+    return tile_value(stage, stage.headers[turn][tile], tile, share);
+  }
+};
+
 // ---- units ----
 
-template <Basis basis, class Real>
+template <class Sums>
 __device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t item, int& turn,
-                                             Stage<basis, Real>& stage) {
+                                             typename Sums::Stage& stage) {
   const ProjectBlock& block =
       p.blocks[find_last(p.num_blocks, item, [&](int64_t b) { return p.blocks[b].first_item; })];
   const int64_t columns = block.block.columns, batches = (columns + kBatch - 1) / kBatch;
   const uint64_t unit = block.units.begin + (item - block.first_item) / batches;
   const int64_t first_column = (item - block.first_item) % batches * kBatch;
-  const Share share(static_cast<int>(min(columns - first_column, int64_t{kBatch})), Layout<basis>::calls);
+  const Share share(static_cast<int>(min(columns - first_column, int64_t{kBatch})), Sums::calls);
   const bool folds = static_cast<int>(threadIdx.x) < share.columns;
   double* sums = p.sums + block.first_sum + first_column + share.column;
 
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, tiles_shift = unit_shift(p.level) - node_shift(0);
+  const int tiles_shift = unit_shift(p.level) - node_shift(0);
   const Range tiles = nodes_of(block.pieces.elements, 0);
   const uint64_t begin = max(unit << tiles_shift, tiles.begin / kStage * kStage);
   const uint64_t end = min((unit + 1) << tiles_shift, tiles.end);
   FoldTree<kMaxLevel> tree;
   for (uint64_t first = begin; first < end; first += kStage, turn ^= 1) {
-    TileHeader<Real>* headers = stage.headers[turn];
-    quantise_tile(p.deltas, block.pieces, first + warp, warp, stage, headers[warp]);
-    __syncthreads();
-    sum_calls(p.seed, first, static_cast<uint32_t>(first_column + share.column), share, headers, stage);
-    __syncthreads();
+    Sums::sum(p.deltas, p.keys, block.pieces, first, static_cast<uint32_t>(first_column), share, turn, stage);
     if (!folds) continue;
     for (int tile = 0; tile < kStage; ++tile) {
-      const double value = tile_value(stage, headers[tile], tile, share);
+      const double value = Sums::value(stage, turn, tile, share);
       if (p.level > 0) {
         tree.add(first + tile, value);
       } else if (first + tile >= tiles.begin && first + tile < tiles.end) {
@@ -120,7 +142,15 @@ template <Basis basis, class Real>
 __global__ void __launch_bounds__(kThreads, 5 - Working<Real>::limbs) project_kernel(ProjectParams p) {
   __shared__ Stage<basis, Real> stage;
   int turn = 0;
-  for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) project_unit(p, item, turn, stage);
+  for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) {
+    project_unit<Simt<basis, Real>>(p, item, turn, stage);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) project_matrix_kernel(ProjectParams p) {
+  __shared__ MatrixStage stage;
+  int turn = 0;
+  for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) project_unit<Matrix>(p, item, turn, stage);
 }
 
 // ---- host ----
@@ -177,11 +207,13 @@ std::vector<LevelSums> lay_out_levels(const Plan& plan, const std::vector<BlockP
   return levels;
 }
 
+// The blocks with K_l in [least, most].
 std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockPieces>& pieces, const LevelSums& sums,
-                                      int64_t* items) {
+                                      int64_t least, int64_t most, int64_t* items) {
   std::vector<ProjectBlock> blocks;
   *items = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) {
+    if (plan.blocks[b].columns < least || plan.blocks[b].columns > most) continue;
     const Range units = spans_of(pieces[b], unit_shift(sums.level));
     blocks.push_back({plan.blocks[b], pieces[b], units, *items, sums.first[b]});
     *items += size(units) * batches_of(plan.blocks[b]);
@@ -189,9 +221,21 @@ std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockP
   return blocks;
 }
 
+// FERRET_CUDA_PATH=mma takes blocks with K_l >= 16 to the matrix units; the default is simt until both are measured.
+// Bits do not depend on it. Read at every call, so that both can be compared in one process.
+std::string wanted_path() {
+  const char* path = std::getenv("FERRET_CUDA_PATH");
+  return path == nullptr || *path == '\0' ? "simt" : path;
+}
+
+bool matrix_path(const ProjectJob& job) {
+  return wanted_path() == "mma" && job.stream.basis == Basis::rademacher && !job.wide;
+}
+
 struct ProjectLaunches {
   Workspace workspace;
-  ProjectParams project = {};
+  ProjectParams project = {};  // the blocks that the ordinary units take
+  ProjectParams matrix = {};   // the others
   std::vector<FoldParams> folds;
 
   ProjectLaunches(const ProjectJob& job, int level, void* base);
@@ -204,19 +248,27 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
   int64_t tensors = 0;
   for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
 
-  project.blocks = workspace.table(block_table(plan, pieces, levels[0], &project.items));
-  project.num_blocks = plan.num_blocks;
+  const int64_t most = matrix_path(job) ? kMatrixColumns - 1 : INT64_MAX - 1;
+  const auto few = block_table(plan, pieces, levels[0], 1, most, &project.items);
+  const auto many = block_table(plan, pieces, levels[0], most + 1, INT64_MAX, &matrix.items);
+  project.blocks = workspace.table(few);
+  project.num_blocks = static_cast<int64_t>(few.size());
   project.deltas.pieces = workspace.table(plan.pieces, plan.num_pieces);
   project.deltas.now = workspace.table(job.now, tensors);
   if (job.before != nullptr) project.deltas.before = workspace.table(job.before, tensors);
-  project.seed = job.stream.seed;
+  project.keys = round_keys(job.stream.seed);
   project.level = levels[0].level;
+
+  const ProjectBlock* many_blocks = workspace.table(many);
 
   const Block* blocks = workspace.table(plan.blocks, plan.num_blocks);
   const BlockPieces* block_pieces = workspace.table(pieces);
   std::vector<const int64_t*> first;
   for (const LevelSums& level : levels) first.push_back(workspace.table(level.first));
   double* in = project.sums = workspace.room<double>(levels[0].count);
+  const int64_t matrix_items = matrix.items;
+  matrix = project;
+  matrix.blocks = many_blocks, matrix.num_blocks = static_cast<int64_t>(many.size()), matrix.items = matrix_items;
   for (size_t i = 1; i < levels.size(); ++i) {
     double* out = levels[i].level == kTopLevel ? nullptr : workspace.room<double>(levels[i].count);
     folds.push_back({blocks, block_pieces, plan.num_blocks, levels[i - 1].level, levels[i].level, first[i - 1],
@@ -236,11 +288,17 @@ void (*project_kernel_of(Basis basis))(ProjectParams) {
 }
 
 Status run(const ProjectLaunches& launches, const ProjectJob& job, size_t bytes, CUstream_st* stream) {
+  if (const std::string path = wanted_path(); path != "simt" && path != "mma") {
+    return check(cudaErrorInvalidValue, "FERRET_CUDA_PATH, which must be simt or mma");
+  }
   Status status = launches.workspace.upload(bytes, stream);
   if (!status.ok()) return status;
   const auto kernel =
       job.wide ? project_kernel_of<double>(job.stream.basis) : project_kernel_of<float>(job.stream.basis);
   status = launch("project_kernel", kernel, launches.project.items, stream, launches.project);
+  if (status.ok()) {
+    status = launch("project_matrix_kernel", project_matrix_kernel, launches.matrix.items, stream, launches.matrix);
+  }
   for (const FoldParams& fold : launches.folds) {
     if (!status.ok()) return status;
     status = launch("fold_kernel", fold_kernel, divide_up(fold.count, kThreads), stream, fold);

@@ -2,6 +2,8 @@
 // call.
 #pragma once
 
+#include <type_traits>
+
 #include "lanes.cuh"
 
 namespace ferret::cuda {
@@ -95,6 +97,22 @@ __device__ __forceinline__ void load_tile(const Deltas& deltas, const BlockPiece
   });
 }
 
+// What the largest element of a tile is found by: the bits of |x|, which are ordered as |x| is and take two instructions,
+// or for float64, where they are too long for a warp's maximum, the exponent.
+template <class Real>
+inline constexpr int kNoSize = std::is_same<Real, float>::value ? 0 : kZeroExponent;
+
+__device__ __forceinline__ int size_of(float x) { return static_cast<int>(float_to_bits(x) & 0x7FFFFFFFu); }
+__device__ __forceinline__ int size_of(double x) { return exponent_or_zero(x); }
+
+// n of a warp's tile, from every lane's largest size.
+template <class Real>
+__device__ __forceinline__ int tile_exponent(int size) {
+  int n = __reduce_max_sync(kAllLanes, size);
+  if constexpr (std::is_same<Real, float>::value) n = exponent_or_zero(bits_to_float(static_cast<uint32_t>(n)));
+  return n == kZeroExponent ? n : max(n, Working<Real>::min_tile_exponent);
+}
+
 // q and q'. A float32 of 22 bits is rounded in float32.
 template <class Real>
 __device__ __forceinline__ Limbs to_limbs(Real scaled) {
@@ -113,11 +131,10 @@ __device__ __forceinline__ void quantise_tile(const Deltas& deltas, const BlockP
   const LanePlaces places = {static_cast<int>(threadIdx.x) % kWarp, kWarp};
   Real x[kPerLane];
   load_tile(deltas, pieces, tile, places, x);
-  int n = kZeroExponent;
+  int size = kNoSize<Real>;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) n = max(n, exponent_or_zero(x[i]));
-  n = __reduce_max_sync(kAllLanes, n);
-  if (n != kZeroExponent) n = max(n, Working<Real>::min_tile_exponent);
+  for (int i = 0; i < kPerLane; ++i) size = max(size, size_of(x[i]));
+  const int n = tile_exponent<Real>(size);
   header.exponent = n;
   if (!header.has_integers()) return;
 

@@ -76,15 +76,24 @@ class Cta {
     switch_fibre(&fibres_[current_].context, &scheduler_, nullptr, 0);
   }
 
-  // All lanes bring a value; each gets the fold of all of them.
-  template <class Fold>
-  int64_t collect(int64_t value, Fold fold) {
+  // All lanes bring a value; use(of_lane) may look at all of them.
+  template <class Use>
+  void share(int64_t value, Use use) {
     const unsigned first = current_ / kWarp * kWarp;
     fibres_[current_].exchange = value;
     wait(State::at_warp_barrier);
-    int64_t result = fibres_[first].exchange;
-    for (unsigned lane = 1; lane < kWarp; ++lane) result = fold(result, fibres_[first + lane].exchange);
+    use([&](unsigned lane) { return fibres_[first + lane].exchange; });
     wait(State::at_warp_barrier);
+  }
+
+  // Each lane gets the fold of all values.
+  template <class Fold>
+  int64_t collect(int64_t value, Fold fold) {
+    int64_t result = 0;
+    share(value, [&](auto of_lane) {
+      result = of_lane(0);
+      for (unsigned lane = 1; lane < kWarp; ++lane) result = fold(result, of_lane(lane));
+    });
     return result;
   }
 
@@ -176,6 +185,41 @@ inline int __reduce_max_sync(unsigned, int value) {
 }
 inline int __reduce_add_sync(unsigned, int value) {
   return static_cast<int>(emulator::cta.collect(value, [](int64_t a, int64_t b) { return a + b; }));
+}
+
+// Byte i of the result is the byte of `b:a` that digit i of the selector names.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = (uint64_t{b} << 32) | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>((bytes >> (8 * (selector >> (4 * i) & 7))) & 255) << (8 * i);
+  return result;
+}
+
+// D += A B, u8 times s8, lane by lane as the fragments lie (PTX ISA, "Matrix fragments for mma.m16n8k32").
+struct MmaFragments {
+  uint32_t a[4], b[2];
+
+  // A[row, k] and B[k, column] are in the lane of quad row % 8, or column, and of place k % 16 / 4.
+  static unsigned lane_of(unsigned quad, unsigned k) { return 4 * (quad % 8) + k % 16 / 4; }
+  int a_at(unsigned row, unsigned k) const { return static_cast<uint8_t>(a[row / 8 + 2 * (k / 16)] >> (8 * (k % 4))); }
+  int b_at(unsigned k) const { return static_cast<int8_t>(b[k / 16] >> (8 * (k % 4))); }
+};
+
+inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaFragments own;
+  std::memcpy(own.a, a, sizeof own.a), std::memcpy(own.b, b, sizeof own.b);
+  const unsigned lane = threadIdx.x % emulator::kWarp, g = lane / 4, t = lane % 4;
+  emulator::cta.share(reinterpret_cast<int64_t>(&own), [&](auto of_lane) {
+    for (unsigned r = 0; r < 4; ++r) {
+      const unsigned row = g + 8 * (r / 2), column = 2 * t + r % 2;
+      for (unsigned k = 0; k < 32; ++k) {
+        const auto* from_a = reinterpret_cast<const MmaFragments*>(of_lane(MmaFragments::lane_of(row, k)));
+        const auto* from_b = reinterpret_cast<const MmaFragments*>(of_lane(MmaFragments::lane_of(column, k)));
+        d[r] += from_a->a_at(row, k) * from_b->b_at(k);
+      }
+    }
+  });
 }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };

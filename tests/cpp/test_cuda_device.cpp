@@ -195,11 +195,19 @@ int main(int argc, char** argv) {
     if (!small) test_plans<double>(basis);
   }
   if (small) {
+    setenv("FERRET_CUDA_PATH", "mma", 1);
+    test_plans<float>(Basis::rademacher);
     test_columns({3, 33}, 3000);
   } else {
-    test_columns({1, 2, 5, 8, 16, 17, 31, 32, 48, 64, 65, 128, 200}, 30000);
+    for (const char* path : {"simt", "mma"}) {
+      setenv("FERRET_CUDA_PATH", path, 1);
+      test_columns({1, 2, 5, 8, 16, 17, 31, 32, 48, 64, 65, 128, 200}, 30000);
+    }
+    setenv("FERRET_CUDA_PATH", "simt", 1);
     Device backend;
     golden::run(golden::read(argv[1]), backend, "device");
+    setenv("FERRET_CUDA_PATH", "mma", 1);
+    golden::run(golden::read(argv[1]), backend, "device, matrix units");
   }
   return testing::summary();
 }

@@ -264,6 +264,80 @@ void test_workspace() {
         "a small workspace is an error");
 }
 
+// The emulated product against plain sums: every operand at its place, and the largest sizes.
+struct MmaParams {
+  const uint8_t* a;  // [16, 32]
+  const int8_t* b;   // [32, 8]
+  int32_t* d;        // [16, 8]
+};
+
+void mma_kernel(MmaParams p) {
+  const unsigned lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  uint32_t a[4] = {}, b[2] = {};
+  int32_t d[4] = {};
+  for (unsigned byte = 0; byte < 4; ++byte) {
+    for (unsigned r = 0; r < 4; ++r) {
+      a[r] |= uint32_t{p.a[(g + 8 * (r % 2)) * 32 + 4 * t + 16 * (r / 2) + byte]} << (8 * byte);
+    }
+    for (unsigned r = 0; r < 2; ++r) {
+      b[r] |= uint32_t{static_cast<uint8_t>(p.b[(4 * t + 16 * r + byte) * 8 + g])} << (8 * byte);
+    }
+  }
+  mma_m16n8k32(d, a, b);
+  for (unsigned r = 0; r < 4; ++r) p.d[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = d[r];
+}
+
+void test_mma() {
+  Random random(3);
+  std::vector<uint8_t> a(16 * 32);
+  std::vector<int8_t> b(32 * 8);
+  std::vector<int32_t> d(16 * 8), expected(16 * 8);
+  for (auto& x : a) x = static_cast<uint8_t>(random.below(256));
+  for (auto& x : b) x = static_cast<int8_t>(random.below(256) - 128);
+  MmaParams params = {a.data(), b.data(), d.data()};
+  void* arguments[] = {&params};
+  cudaLaunchKernel(mma_kernel, dim3(1), dim3(32), arguments, 0, nullptr);
+  for (int i = 0; i < 16 * 8; ++i) {
+    for (int k = 0; k < 32; ++k) expected[i] += a[i / 8 * 32 + k] * b[k * 8 + i % 8];
+  }
+  check(d == expected, "mma of whole matrices");
+}
+
+void test_signed_digits() {
+  bool ok = true;
+  for (const int32_t q : {0, 1, -1, 127, 128, -128, -129, 0x7FFFFF, (1 << 29) - 1, -(1 << 29)}) {
+    const uint32_t digits = cuda::signed_digits(q);
+    int64_t value = 0;
+    for (int n = 3; n >= 0; --n) value = 256 * value + static_cast<int8_t>(digits >> (8 * n));
+    ok &= value == q;
+  }
+  check(ok, "signed digits");
+}
+
+// The matrix units give the same bits: columns in and between groups of 16, packed plans, extremes, poison.
+void test_matrix_path() {
+  setenv("FERRET_CUDA_PATH", "mma", 1);
+  test_project_columns<float>(Basis::rademacher);
+  test_project_plans<float>(Basis::rademacher);
+  for (const double value : {0.0, 0x1p-149, 0x1.fffffep0, 0x1.fffffep127}) {
+    for (const double sign : {1.0, -1.0}) {
+      Case c = single(Dtype::float32, 1024, 900, 900, 17);
+      for (int64_t i = 0; i < 900; ++i) c.tensors[0].set(i, i < 512 ? sign * value : i % 3 * value / 2);
+      expect_project<float>(c, nullptr, {kSeed, Basis::rademacher}, "matrix extreme " + std::to_string(value));
+    }
+  }
+  test_project_poison<float>(Basis::rademacher);
+  setenv("FERRET_CUDA_PATH", "fast", 1);
+  Case c = single(Dtype::float32, 0, 100, 100, 3);
+  auto refs = c.refs();
+  float gamma[3];
+  const ProjectJob job = {c.plan(), refs.data(), nullptr, {1, Basis::rademacher}, false, gamma};
+  auto buffer = workspace_of(cuda::project_workspace(job));
+  const auto status = cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr);
+  check(!status.ok() && std::strstr(status.where, "simt or mma") != nullptr, "an unknown path is an error");
+  unsetenv("FERRET_CUDA_PATH");
+}
+
 // ---- known answers ----
 
 struct Cuda {
@@ -309,7 +383,12 @@ int main(int argc, char** argv) {
   test_project_fold<double>();
   test_many_blocks();
   test_workspace();
+  test_mma();
+  test_signed_digits();
+  test_matrix_path();
   Cuda backend;
   golden::run(golden::read(argv[1]), backend, "emulator");
+  setenv("FERRET_CUDA_PATH", "mma", 1);
+  golden::run(golden::read(argv[1]), backend, "emulator, matrix units");
   return testing::summary();
 }
