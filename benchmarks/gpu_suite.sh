@@ -106,7 +106,7 @@ stage_micro() {
 # The clocks stay as they are, and whole sections are asked for, because names of single counters change.
 stage_profile() {
   command -v ncu > /dev/null || { echo "left out: ncu is not installed"; return 0; }
-  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|apply)_kernel' --force-overwrite \
+  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|project_matrix|apply)_kernel' --force-overwrite \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
     --section InstructionStats --section WarpStateStats --section SchedulerStats --section LaunchStats \
     --section Occupancy --export "$out/profile.ncu-rep" "$python" benchmarks/bench_gpu.py --profile || return 1
