@@ -1,7 +1,7 @@
 """Rates of every operator on one GPU, beside the copy bandwidth and rivals of the same run.
 
     python benchmarks/bench_gpu.py --json FILE [--budget SECONDS] [--quick] [--only SECTION ..]
-    python benchmarks/bench_gpu.py --profile     three calls, marked for a profiler (see gpu_suite.sh)
+    python benchmarks/bench_gpu.py --profile     four calls, marked for a profiler (see gpu_suite.sh)
 
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
 operator must read and write. Rates are of the median call, beside those of the slowest and the fastest. The
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,7 @@ import ferret_ext
 from ferret_ext.ops import Basis
 
 Row = dict[str, Any]
+PATHS = ("simt", "mma")
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,13 @@ class Bench:
             save()
 
 
+NAMED = ("path", "basis", "dtype")
+
+
 def line(row: Row) -> str:
     timing: Timing = row["timing"]
     usual = ("rademacher", "float32", "")
-    name = " ".join([row["what"], *(row[key] for key in ("basis", "dtype") if row.get(key, "") not in usual)])
+    name = " ".join([row["what"], *(row[key] for key in NAMED if row.get(key, "") not in usual)])
     text = f"{name:34} d {row['numel']:>13,} K {row['K']:>6.4g}  {timing.median * 1e3:10.4f} ms"
     text += f" ({timing.fastest * 1e3:.4f} .. {timing.slowest * 1e3:.4f})"
     if "rate" in row:
@@ -193,13 +199,15 @@ def copy(bench: Bench) -> None:
 
 
 def checks(bench: Bench) -> None:
-    """The same bits as the CPU's: project and reconstruct_, K = 16"""
+    """The same bits as the CPU's: project on both paths and reconstruct_, K = 16"""
     for numel in bench.settings.checked_numels:
         bench.check_time()
         here = filled(numel)
-        there = here.to(bench.device)
-        gamma = ferret_ext.project(there, SEED, 16).cpu()
-        same = {"project": torch.equal(gamma, ferret_ext.project(here, SEED, 16))}
+        there, gamma = here.to(bench.device), ferret_ext.project(here, SEED, 16)
+        same = {}
+        for path in PATHS:
+            with on_path(path):
+                same[f"project {path}"] = torch.equal(ferret_ext.project(there, SEED, 16).cpu(), gamma)
         ferret_ext.reconstruct_(there, gamma.to(bench.device), SEED)
         ferret_ext.reconstruct_(here, gamma, SEED)
         same["reconstruct_"] = torch.equal(there.cpu(), here)
@@ -213,6 +221,31 @@ def columns(bench: Bench) -> None:
     x = bench.tensor(bench.settings.numel)
     for K in bench.settings.columns:
         bench.time_cases("columns", [project_case(x, K), update_case(x, K), reconstruct_case(x, K)])
+
+
+def paths(bench: Bench) -> None:
+    """project and project_difference on the ordinary units and on the matrix units"""
+    x = bench.tensor(bench.settings.numel)
+    cases = [project_case(x, K) for K in bench.settings.columns]
+    cases += [project_case(x.bfloat16(), K) for K in bench.settings.few_columns]
+    for K in bench.settings.llama_columns:
+        of_blocks = by_size(bench.settings.llama, K)
+        cases += plan_cases(bench.settings.llama, of_blocks, torch.bfloat16, bench.device, clients=1)[:1]
+    for case in cases:
+        for path in PATHS:
+            with on_path(path):
+                bench.time_case("paths", case, path=path)
+
+
+@contextmanager
+def on_path(path: str) -> Iterator[None]:
+    """The CUDA kernels that project takes, which are chosen at every call."""
+    before = os.environ.get("FERRET_CUDA_PATH", "")
+    os.environ["FERRET_CUDA_PATH"] = path
+    try:
+        yield
+    finally:
+        os.environ["FERRET_CUDA_PATH"] = before
 
 
 def plans(bench: Bench) -> None:
@@ -308,6 +341,7 @@ SECTIONS = {
     "copy": copy,
     "checks": checks,
     "columns": columns,
+    "paths": paths,
     "plans": plans,
     "rivals": rivals,
     "dtypes": dtypes,
@@ -318,17 +352,21 @@ SECTIONS = {
 
 
 def profile(settings: Settings, device: torch.device) -> None:
-    """Three calls between marks that a profiler started with --profile-from-start off heeds."""
+    """Four calls between marks that a profiler started with --profile-from-start off heeds."""
     x = filled(settings.numel, device=device)
     cases = [project_case(x, 16), project_case(x, 512), update_case(x, 64)]
     for case in cases:
         case.call()
+    with on_path("mma"):
+        cases[1].call()
     if device.type != "cuda":
         return
     torch.cuda.synchronize()
     torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
     for case in cases:
         case.call()
+    with on_path("mma"):
+        cases[1].call()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 

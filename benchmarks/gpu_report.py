@@ -105,7 +105,9 @@ def micro_line(row: Row) -> str:
 
 
 def row_line(row: Row) -> str:
-    name = " ".join([row["what"], row.get("shape", ""), row.get("basis", ""), row.get("dtype", "")])
+    name = " ".join(
+        [row["what"], row.get("path", ""), row.get("shape", ""), row.get("basis", ""), row.get("dtype", "")]
+    )
     name = name.replace(" rademacher", "").replace(" float32", "")
     text = f"{' '.join(name.split()):40} {row['numel']:>13,} K {row['K']:>6.4g}"
     if "same" in row:

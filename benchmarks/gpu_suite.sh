@@ -54,8 +54,10 @@ architecture() {
 stage_build() {
   local arch
   arch=$(architecture) || { echo "no GPU is visible"; return 1; }
+  build_peers > "$work/peers_build.log" 2>&1 &  # one file that takes as long as ours together
   FERRET_CUDA=ON CMAKE_ARGS="-DFERRET_TESTS=ON -DCMAKE_CUDA_ARCHITECTURES=$arch" "$python" setup.py build_ext --inplace \
     || return 1
+  wait
   cat build/*/kernel_resources.txt
   echo "built for $arch"
 }
@@ -78,15 +80,21 @@ stage_tests() {
 }
 
 # fast_jl 0.1.3 asks for an architecture that CUDA 13 no longer knows, and for cuRAND's headers, which come with torch.
-stage_peers() {
+build_peers() {
   local archive arch headers
   archive=$(find "${PEERS:-/nonexistent}" -name 'fast_jl-*.tar.gz' 2> /dev/null | head -n 1)
-  [ -n "$archive" ] || { echo "left out: no fast_jl-*.tar.gz in the folder that PEERS names"; return 0; }
+  [ -n "$archive" ] || return 0
   arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
   rm -rf "$work/peers" && mkdir -p "$work/peers" && tar xzf "$archive" -C "$work/peers" --strip-components=1 || return 1
   sed -i "s/^environ\\['TORCH_CUDA_ARCH_LIST'\\].*/environ['TORCH_CUDA_ARCH_LIST'] = '$arch'/" "$work/peers/setup.py"
   headers=$("$python" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include")')
-  (cd "$work/peers" && CPATH="$headers" "$python" setup.py build_ext --inplace) || return 1
+  (cd "$work/peers" && CPATH="$headers" "$python" setup.py build_ext --inplace)
+}
+
+stage_peers() {
+  cat "$work/peers_build.log"
+  "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("fast_jl") is None)' \
+    || { echo "left out: fast_jl is not installed, nor built from a source archive in PEERS"; return 0; }
   "$python" -c 'import torch, fast_jl; print(fast_jl.__name__, "is ready")'
 }
 
@@ -106,7 +114,7 @@ stage_micro() {
 # The clocks stay as they are, and whole sections are asked for, because names of single counters change.
 stage_profile() {
   command -v ncu > /dev/null || { echo "left out: ncu is not installed"; return 0; }
-  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|apply)_kernel' --force-overwrite \
+  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|project_matrix|apply)_kernel' --force-overwrite \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
     --section InstructionStats --section WarpStateStats --section SchedulerStats --section LaunchStats \
     --section Occupancy --export "$out/profile.ncu-rep" "$python" benchmarks/bench_gpu.py --profile || return 1
@@ -128,7 +136,7 @@ stage_sanitizer() {
 }
 
 # What a stage may take, in seconds; all of them together are cut to `total`.
-declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [peers]=120 [bench]=200 [micro]=45 [profile]=70
+declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [peers]=30 [bench]=200 [micro]=45 [profile]=70
   [sanitizer]=90)
 stages=${STAGES:-machine build answers tests peers bench micro profile sanitizer}
 
@@ -166,7 +174,7 @@ if $dry_run; then
   exit
 fi
 
-rm -f "$work"/{stages.tsv,gpu.csv,bench.json,micro.jsonl,profile.csv} "$out/suite.log"
+rm -f "$work"/{peers_build.log,stages.tsv,gpu.csv,bench.json,micro.jsonl,profile.csv} "$out/suite.log"
 for name in $stages; do
   [ -n "${budgets[$name]:-}" ] || { echo "no such stage: $name" >&2; exit 2; }
   run_stage "$name"

@@ -137,9 +137,10 @@ __device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t ite
   if (folds && p.level > 0) sums[static_cast<int64_t>(unit - block.units.begin) * columns] = tree.root();
 }
 
-// At least 4 CTAs a multiprocessor in float32 and 3 in float64, which has more to hold.
+// At least 4 CTAs a multiprocessor in float32 and 2 in float64, which has more to hold: registers for that suffice
+// without spills.
 template <Basis basis, class Real>
-__global__ void __launch_bounds__(kThreads, 5 - Working<Real>::limbs) project_kernel(ProjectParams p) {
+__global__ void __launch_bounds__(kThreads, Working<Real>::limbs == 1 ? 4 : 2) project_kernel(ProjectParams p) {
   __shared__ Stage<basis, Real> stage;
   int turn = 0;
   for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) {

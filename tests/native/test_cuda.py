@@ -49,6 +49,25 @@ def test_cuda_project_is_the_cpus(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", PLACES)
+def test_cuda_project_on_matrix_units_is_the_cpus(
+    case: tuple[int, int | None, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FERRET_CUDA_PATH", "mma")
+    place, count, K = place_of(case, "rademacher")
+    delta = normal(count, 1, dtype)
+    assert_same_bits(
+        ferret_ext.project(delta.cuda(), SEED, K, **place).cpu(), ferret_ext.project(delta, SEED, K, **place)
+    )
+
+
+def test_cuda_unknown_path_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FERRET_CUDA_PATH", "fast")
+    with pytest.raises(RuntimeError, match="FERRET_CUDA_PATH, which must be simt or mma"):
+        ferret_ext.project(normal(100).cuda(), SEED, 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PLACES)
 def test_cuda_reconstruct_is_the_cpus(
     case: tuple[int, int | None, int, int], dtype: torch.dtype, basis: str
 ) -> None:
