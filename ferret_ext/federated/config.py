@@ -22,7 +22,7 @@ ScoreName = Literal["rouge-l", "rougeL", "rougeL-stem", "gsm8k-exact-match"]
 
 # What an evaluation depends on: names of settings and sections.
 EVALUATION_SETTINGS = (
-    *("model", "data", "seed", "dtype", "device", "num_threads", "full_determinism"),
+    *("model", "data", "seed", "dtype", "allow_pickle", "device", "num_threads", "full_determinism"),
     *("dataset", "evaluation"),
 )
 
@@ -333,6 +333,9 @@ class SimulationConfig:
     seed: int = option(0, "every random choice of the run follows from it", at_least=0, at_most=2**63 - 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "the model's dtype; auto: as stored"
+    )
+    allow_pickle: bool = option(
+        False, "models with weights in other files than safetensors are opened, which may run code in them"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
     num_threads: int | None = option(

@@ -10,23 +10,27 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ferret_ext.federated import model_files
 from ferret_ext.federated.settings import ConfigError
 
 TINY_LLAMA = "builtin:tiny-llama"
 DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError)  # what broken weight files raise
 
 
-def load(name: str, dtype: str, device: torch.device, seed: int) -> tuple[Any, Any]:
+def load(
+    name: str, dtype: str, device: torch.device, seed: int, *, allow_pickle: bool = False
+) -> tuple[Any, Any]:
     """Model and tokenizer from a folder, the hub, or "builtin:tiny-llama" with weights drawn from `seed`.
 
-    dtype: "auto" (as stored) or the name of a torch dtype. Raises ConfigError.
+    dtype: "auto" (as stored) or the name of a torch dtype. allow_pickle: takes weights in other files than
+    those of safetensors too. Code that comes with a model is never run. Raises ConfigError.
     """
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     if name == TINY_LLAMA:
         model, tokenizer = tiny_llama(seed), byte_tokenizer()
         model = model if wanted == "auto" else model.to(wanted)
     else:
-        model, tokenizer = _pretrained(name, wanted)
+        model, tokenizer = _pretrained(name, wanted, allow_pickle)
     _check(name, model, tokenizer)
     return model.to(device), tokenizer
 
@@ -42,13 +46,13 @@ def skeleton(name: str, dtype: str) -> Any:
         return model if dtype == "auto" else model.to(getattr(torch, dtype))
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = _source(name)
+    source = _source(name, allow_pickle=True)  # no weights are opened
     try:
-        if (Path(source) / "adapter_config.json").is_file():
+        if (Path(source) / model_files.ADAPTER).is_file():
             from peft import PeftConfig
 
             source = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted)  # type: ignore[no-untyped-call]
@@ -130,36 +134,43 @@ def byte_tokenizer() -> Any:
     )
 
 
-def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+def _pretrained(name: str, dtype: Any, allow_pickle: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _source(name)
+    source = _source(name, allow_pickle)
+    how = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": None if allow_pickle else True}
     try:
-        if (Path(source) / "adapter_config.json").is_file():
+        if (Path(source) / model_files.ADAPTER).is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = AutoPeftModelForCausalLM.from_pretrained(source, **how)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, **how)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, *DAMAGED) as error:
         raise _no_model(name, error) from None
     return model, tokenizer
 
 
-def _source(name: str) -> str:
+def _source(name: str, allow_pickle: bool) -> str:
     """The folder, or the name itself for the hub. Raises ConfigError."""
     folder = Path(name).expanduser()
     if name.startswith("builtin:"):
         raise ConfigError(f"model: expected {TINY_LLAMA}, got {name!r}")
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
+    if folder.is_dir():
+        model_files.check(folder, allow_pickle)
     return str(folder) if folder.is_dir() else name
 
 
 def _no_model(name: str, error: Exception) -> ConfigError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     where = "" if Path(name).expanduser().is_dir() else ", which is no folder here"
+    if isinstance(error, OSError) and "safetensors" in reason:
+        reason = f"{reason}; of weights in other files: {model_files.CONVERT}"
+    if "trust_remote_code" in str(error):
+        reason = "it comes with code of its own, which is never run"
     return ConfigError(
         f"model: expected a causal language model with its tokenizer at {name!r}{where}: {reason}"
     )

@@ -22,7 +22,8 @@ def evaluate(config: SimulationConfig, speaker: Speaker) -> Evaluation:
     measures = scores.load(config.evaluation.scores)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
-        model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
+        seed, allow_pickle = derive(config.seed, "model"), config.allow_pickle
+        model, tokenizer = models.load(config.model, config.dtype, device, seed, allow_pickle=allow_pickle)
         max_length = models.max_length(model, config.dataset.max_length)
         held = loading.load_held(config, tokenizer, max_length, speaker.say)
         evaluator = Evaluator(config.evaluation, held, tokenizer, measures)

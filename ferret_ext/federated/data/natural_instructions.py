@@ -107,6 +107,8 @@ def _read_list(path: Path) -> dict[str, int]:
     names: dict[str, int] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         name = line.strip().removesuffix(".json")
+        if name and (Path(name).name != name or "\\" in name):
+            raise DataError(f"data {path} line {number}: expected a task's name, found a path, {name!r:.80}")
         if name in names:
             raise DataError(
                 f"data {path} line {number}: expected every task once, {name} is in line {names[name]}"

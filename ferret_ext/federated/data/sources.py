@@ -190,7 +190,7 @@ def _find_on_hub(name: str, config_name: str | None) -> Found:
     import datasets
 
     try:
-        splits = datasets.load_dataset(name, config_name)
+        splits = datasets.load_dataset(name, config_name, trust_remote_code=False)
     except Exception as error:  # the hub's client raises many kinds, none of which a user can act on by type
         raise DataError(
             f"data {name}: no such file or folder, and not to be had from the hub: {_first_line(error)}"

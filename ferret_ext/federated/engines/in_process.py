@@ -115,7 +115,8 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
     config = adapters.resolve(config)
     with reproducible(config.full_determinism, config.num_threads):
         device = models.pick_device(config.device)
-        model, tokenizer = models.load(config.model, config.dtype, device, derive(config.seed, "model"))
+        seed, allow_pickle = derive(config.seed, "model"), config.allow_pickle
+        model, tokenizer = models.load(config.model, config.dtype, device, seed, allow_pickle=allow_pickle)
         full_bytes = models.trainable_bytes(model)
         model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
         data = loading.load(
@@ -155,9 +156,9 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
 
 
 def ledger_text(config: SimulationConfig) -> str:
-    """The settings as the ledger has them: without places on this machine, or what only journals heed."""
+    """The settings as the ledger has them: without what is of this machine, or what only journals heed."""
     settings = dataclasses.asdict(config)
-    for name in ("out", "ledger"):
+    for name in ("out", "ledger", "allow_pickle"):
         del settings[name]
     names = {name: Path(settings[name]).name for name in ("model", "data")}
     return json.dumps({**settings, **names}, sort_keys=True)
