@@ -18,7 +18,7 @@ native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp benchmarks/micro/*.cu)
 python := ferret_ext tests benchmarks python_examples csrc setup.py
 
-.PHONY: help demo test test-all cpp-test arm-test lint format cuda-build clean
+.PHONY: help demo test test-all cpp-test arm-test fuzz lint format cuda-build clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -49,6 +49,12 @@ arm-test: $(VENV)/tools
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null \
 		|| { echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	$(call ctest,build/cpp-aarch64,--toolchain cmake/aarch64.cmake)
+
+# make fuzz       hostile messages and ledgers for FUZZ_SECONDS (60), guided by coverage where atheris is installed
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/package
+	@mkdir -p build/findings
+	$(bin)/python tests/fuzz/fuzz.py all --seconds $(FUZZ_SECONDS) --findings build/findings
 
 # make lint       formatting, common mistakes and types
 lint: $(VENV)/dev

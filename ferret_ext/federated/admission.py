@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
@@ -150,7 +151,9 @@ def _standing_out(what: str, sizes: Mapping[int, float], ratio: float) -> Iterat
     """
     most = ratio * median_low(sizes.values()) if sizes else 0.0
     for client, size in sizes.items():
-        if size > most > 0:
+        if not math.isfinite(size):
+            yield Rejection(client, f"{what} must be finite, got {size}")
+        elif size > most > 0:
             yield Rejection(client, f"{what} must be at most {most:.6g}, got {size:.6g}")
 
 

@@ -7,18 +7,15 @@ code. It supposes layers as Llama has them, and records as long as they may be.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ferret_ext.federated import models, wire
 from ferret_ext.federated.algorithms.base import stream_contract, trainable
+from ferret_ext.federated.algorithms.ferret_reference import FerretReference
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.protocols import PROTOCOLS
-from ferret_ext.federated.presets import REFERENCE_CODE
 from ferret_ext.federated.wire import Message
 from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
 
@@ -87,8 +84,8 @@ def _update(config: SimulationConfig, model: Any, blocks: int) -> int:
         return _size(algorithm, {"contract": contract, "seed": LARGE, "gammas": (4, K)})
     if algorithm == "ferret":
         return _size(
-            REFERENCE_CODE,
-            {"contract": contract, "seed": LARGE, "counts": (4, blocks), "gammas": (4, blocks * K)},
+            FerretReference.name,
+            {"seed": LARGE, "counts": (4, blocks), "gammas": (4, blocks * K)},
         )
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
@@ -112,7 +109,7 @@ def _broadcast(config: SimulationConfig, model: Any, blocks: int, update: int, c
             _size(algorithm, {"contract": contract, "step": 1.0, "updates": [b""] * chosen}) + chosen * update
         )
     if algorithm == "ferret":
-        return _size(REFERENCE_CODE, {"contract": contract, "step": 1.0, "pool": (4, blocks * K)})
+        return _size(FerretReference.name, {"contract": contract, "step": 1.0, "pool": (4, blocks * K)})
     if algorithm.startswith("fedkseed"):
         candidates = config.zeroth_order.candidate_seeds
         pro = {name: (4, candidates) for name in ("magnitudes", "visits") if algorithm == "fedkseed-pro"}
@@ -130,9 +127,9 @@ def _whole(model: Any) -> dict[str, Any]:
 def _size(algorithm: str, values: Mapping[str, Any]) -> int:
     """Bytes of a message; (n, *shape) stands for an array of that shape with n bytes an element."""
     arrays = {name: value for name, value in values.items() if isinstance(value, tuple)}
-    empty = {name: np.empty((0,) * (len(shape) - 1), np.uint8) for name, shape in arrays.items()}
-    head = wire.encode(Message(algorithm, "update", wire.NO_DIGEST, 1, values={**values, **empty}))
-    return len(head) + sum(math.prod(value) for value in arrays.values())
+    plain = {**values, **dict.fromkeys(arrays, 0)}  # a 0 is one byte
+    head = wire.encode(Message(algorithm, "update", wire.NO_DIGEST, 1, values=plain))
+    return len(head) + sum(wire.array_bytes(size, shape) - 1 for size, *shape in arrays.values())
 
 
 # ---- memory and disk ----

@@ -162,7 +162,8 @@ def _in_words(value: wire.Value) -> str:
     if isinstance(value, list):
         return f"{len(value):,} times bytes, {sum(map(len, value)):,} in all"
     if not isinstance(value, np.ndarray):
-        return f"{value}" if len(str(value)) <= 80 else f"{str(value)[:77]}.."
+        text = f"{value!r}"  # whatever is in it, on one line
+        return text if len(text) <= 80 else f"{text[:77]}.."
     text = f"{'bfloat16' if value.dtype == wire.BFLOAT16 else value.dtype} {list(value.shape)}"
     if value.dtype.names or value.size == 0:
         return text

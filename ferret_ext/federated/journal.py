@@ -136,9 +136,11 @@ class FolderJournal:
         for snapshot in self._snapshots.newest(server, limit=min(measured - 1, newest)):
             if snapshot.fits(records[snapshot.round]):
                 for round_ in range(1, snapshot.round + 1):
-                    server.recall(records.broadcast(round_))
+                    with _reading(f"record {round_}"):
+                        server.recall(records.broadcast(round_))
                     self._release(server, round_ - 1)
-                server.restore(snapshot.weights, snapshot.state, records[snapshot.round].weights)
+                with _reading(f"snapshot of round {snapshot.round}"):
+                    server.restore(snapshot.weights, snapshot.state, records[snapshot.round].weights)
                 return snapshot.round + 1
         return 1
 
@@ -150,7 +152,7 @@ class FolderJournal:
         try:
             said = json.loads((self._folder / PENDING).read_text("utf-8"))
             seconds = {name: float(said[name]) for name in outcome.seconds if said["round"] == outcome.round}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return outcome
         return dataclasses.replace(outcome, **seconds)  # type: ignore[arg-type]
 
@@ -203,16 +205,25 @@ def outcome_of(record: Message) -> Outcome:
 
 def replay(server: Server[Any], record: Message) -> None:
     """Takes the server through the record's round. Raises LedgerError and DisagreementError."""
-    try:
+    with _reading(f"record {record.round}"):
         server.replay(record.value("broadcast", bytes))
-    except WireError as error:
-        raise LedgerError(f"ledger: record {record.round}: {error}") from None
+    replica = server.replica
+    if (replica.round, replica.weights) != (record.round, record.weights):
+        raise LedgerError(f"ledger: record {record.round} must have the broadcast of its own round")
 
 
 def _numbers(record: Message, name: str) -> list[int]:
     count = record.value(name, np.ndarray).size
     numbers: list[int] = record.array(name, "<u4", (count,)).tolist()
     return numbers
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except WireError as error:
+        raise LedgerError(f"ledger: {what}: {error}") from None
 
 
 @contextmanager

@@ -23,12 +23,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 from ferret_ext.federated import files, wire
 from ferret_ext.federated.errors import LedgerError
@@ -36,7 +39,15 @@ from ferret_ext.federated.wire import Message, WireError
 
 HEAD_SUFFIX = ".head"
 ZERO_HASH = bytes(32)
+MAX_HEAD_FILE = 1024  # bytes
 _LENGTH = struct.Struct("<Q")
+_OPENING = {"previous": bytes, "broadcast": bytes, "base": bytes, "config": str}
+_ROUND = {
+    **dict.fromkeys(("previous", "broadcast"), bytes),
+    **dict.fromkeys(("clients", "left_out", "accepted", "rejected"), np.ndarray),
+    **dict.fromkeys(("reasons", "updates"), list),
+    **dict.fromkeys(("bytes_up", "bytes_down"), int),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,9 @@ class Ledger:
         `previous` is filled in here.
         """
         values = {"previous": bytes.fromhex(self.head.sha256), **record.values}
-        data = wire.encode(replace(record, values=values))
+        record = replace(record, values=values)
+        data = wire.encode(record)
+        check(record)
         with _speaking(self._path):
             self._file.seek(self.head.bytes)  # whatever a crash has left there does not count
             self._file.truncate()
@@ -123,9 +136,9 @@ def read(path: Path, head: str | None = None) -> Iterator[Message]:
     `ledger.head`, all records are taken as they come. Raises LedgerError.
     """
     known = read_head(path)
-    if known is None and head is None and not path.is_file():
+    if not path.is_file():
         raise LedgerError(f"ledger: expected a file, got {str(path)!r}, which is none")
-    previous, count = ZERO_HASH, 0
+    previous, count, end = ZERO_HASH, 0, 0
     with _speaking(path), path.open("rb") as file:
         while known is None or count < known.records:
             data = _next(path, file, count, known)
@@ -133,7 +146,12 @@ def read(path: Path, head: str | None = None) -> Iterator[Message]:
                 break
             record = _record(path, data, count, previous)
             previous, count = hashlib.sha256(data).digest(), count + 1
+            end += _LENGTH.size + len(data)
             yield record
+    if known is not None and known.bytes != end:
+        raise LedgerError(
+            f"ledger: expected {known.records} records of {known.bytes} bytes in {path}, got {end} bytes"
+        )
     for expected in (known and known.sha256, head):
         if expected is not None and previous.hex() != expected:
             raise LedgerError(
@@ -144,17 +162,53 @@ def read(path: Path, head: str | None = None) -> Iterator[Message]:
 
 def read_head(path: Path) -> Head | None:
     """What `ledger.head` says, None where there is none. Raises LedgerError."""
-    try:
-        said = json.loads(_head_of(path).read_text("utf-8"))
-        head = Head(**said)
-    except FileNotFoundError:
+    beside = _head_of(path)
+    if not beside.exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise LedgerError(f"ledger: {_head_of(path)} cannot be read: {error}") from None
+    try:
+        if not beside.is_file() or beside.stat().st_size > MAX_HEAD_FILE:
+            raise ValueError(f"expected a file of at most {MAX_HEAD_FILE} bytes")
+        said = json.loads(beside.read_text("utf-8"))
+        head = Head(**said)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise LedgerError(f"ledger: {beside} cannot be read: {error}") from None
     fits = (type(head.records), type(head.bytes), type(head.sha256)) == (int, int, str)
-    if not fits or head.records < 1 or head.bytes < 1:
-        raise LedgerError(f"ledger: {_head_of(path)} must say records, bytes and sha256, got {said}")
+    if not fits or min(head.records, head.bytes) < 1 or not re.fullmatch("[0-9a-f]{64}", head.sha256):
+        raise LedgerError(f"ledger: {beside} must say records, bytes and sha256, got {said}")
     return head
+
+
+def check(record: Message) -> None:
+    """Raises WireError unless the record has what a record of its round must have, and nothing else."""
+    fields: Mapping[str, type] = _ROUND if record.round else _OPENING
+    record.only(*fields, optional=["train_loss"] if record.round else [])
+    for name, kind in fields.items():
+        record.value(name, kind)
+    hashes = [record.value("previous", bytes)]
+    if record.round == 0:
+        hashes.append(record.value("base", bytes))
+    else:
+        hashes += record.value("updates", list)
+        _check_round(record)
+    if wrong := [one for one in hashes if len(one) != len(ZERO_HASH)]:
+        raise WireError(f"hashes must have {len(ZERO_HASH)} bytes, got {len(wrong[0])}")
+
+
+def _check_round(record: Message) -> None:
+    sizes = {name: record.value(name, np.ndarray).size for name in ("clients", "left_out")}
+    sizes["accepted"] = len(record.value("updates", list))
+    sizes["rejected"] = len(record.value("reasons", list))
+    for name, size in sizes.items():
+        record.array(name, "<u4", (size,))
+    for reason in record.value("reasons", list):
+        try:
+            reason.decode()
+        except UnicodeDecodeError as error:
+            raise WireError(f"reasons must be UTF-8: {error}") from None
+    if min(record.value("bytes_up", int), record.value("bytes_down", int)) < 0:
+        raise WireError("bytes_up and bytes_down must be at least 0")
+    if "train_loss" in record.values:
+        record.value("train_loss", float)
 
 
 def _next(path: Path, file: IO[bytes], count: int, known: Head | None) -> bytes | None:
@@ -175,6 +229,7 @@ def _record(path: Path, data: bytes, count: int, previous: bytes) -> Message:
         record = wire.decode(data)
         if record.kind != "record" or record.round != count:
             raise WireError(f"must be the record of round {count}, got {record.kind} of round {record.round}")
+        check(record)
         if record.value("previous", bytes) != previous:
             raise WireError("does not follow from the one before")
     except WireError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, Protocol
@@ -127,7 +128,8 @@ def _outcome(
 ) -> Outcome:
     accepted = [message.client for message in updates.messages]
     losses = {(reply.client, reply.payload): reply.train_loss for reply in replies}
-    counted = zip(accepted, updates.received, strict=True)
+    counted = [losses[pair] for pair in zip(accepted, updates.received, strict=True)]
+    said = list(filter(math.isfinite, counted))
     return Outcome(
         round=round_,
         clients=clients,
@@ -135,7 +137,7 @@ def _outcome(
         rejected=rejections,
         accepted=accepted,
         updates=[hashlib.sha256(payload).digest() for payload in updates.received],
-        train_loss=fmean(map(losses.__getitem__, counted)),
+        train_loss=fmean(said) if said else None,
         payload_bytes_up=sum(len(reply.payload) for reply in replies),
         payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
         seconds_local=sum(reply.watch["local"] for reply in replies),

@@ -74,7 +74,8 @@ class Server(Generic[R]):
     def apply(self, chosen: Sequence[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
         """w_r from what the round's clients sent: the updates that count, and what was rejected.
 
-        Raises DisagreementError, QuorumError and NotFiniteError; the model stays as it is.
+        Raises DisagreementError, QuorumError and NotFiniteError; the server stays as it is, but for weights
+        that finite numbers have taken to infinity, which are lost (see `Algorithm.server_apply`).
         """
         updates, rejections = self.admission.screen(self.replica, chosen, sent)
         self._keep(self.algorithm.server_apply(self.replica, updates))

@@ -79,7 +79,9 @@ class Snapshots:
                 weights = [tensors[str(index)] for index in range(len(server.replica.params))]
             except (OSError, SafetensorError, KeyError, WireError):
                 continue
-            yield Snapshot(round_, weights, state)
+            pairs = zip(weights, server.replica.params, strict=True)
+            if all((held.shape, held.dtype) == (param.shape, param.dtype) for held, param in pairs):
+                yield Snapshot(round_, weights, state)
 
     def _rounds(self) -> list[int]:
         """The rounds that there are snapshots of, the newest first."""
@@ -131,10 +133,10 @@ class Optimizers:
                 found[client] = max(found.get(client, (0, path)), (round_, path))
         for client, (_, path) in found.items():
             try:
-                tensors = load_file(path)
-            except (OSError, SafetensorError) as error:
+                state = _nested(load_file(path))
+            except (OSError, SafetensorError, ValueError) as error:
                 raise LedgerError(f"ledger: {path} cannot be read: {error}") from None
-            if state := _nested(tensors):
+            if state:
                 self._states[client] = state
         self._saved = bool(found)
 

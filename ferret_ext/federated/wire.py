@@ -10,11 +10,12 @@ named values; docs/wire.md lists them by algorithm.
             shortest form
 
 Integers, floats and text stand in the head. Arrays, bytes and lists of bytes stand behind it as payloads, one
-after the other without gaps, and in the head as extension types that say how long they are:
+after the other without gaps, and in the head as extension types that say how long they are, in msgpack's
+shortest integers:
 
-    1  array          u8 dtype (its place in DTYPES), u64 of each dimension; C order
-    2  bytes          u64 length
-    3  list of bytes  u64 length of each
+    1  array          u8 dtype (its place in DTYPES), each dimension; C order
+    2  bytes          length
+    3  list of bytes  length of each
 
 `crc32` is that of all bytes before it. Every message has one encoding, and equal messages have equal bytes.
 """
@@ -24,7 +25,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,12 +34,13 @@ import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"FRET"
-VERSION = 3
+VERSION = 4
 DIGEST_BYTES = 8
 NO_DIGEST = bytes(DIGEST_BYTES)
 MAX_HEAD = 1 << 20  # bytes
 HEAD_FIELDS = 9
 MAX_NAME = 64  # characters of an algorithm's or a value's name
+MAX_ITEMS = 1 << 16  # of a list
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: these are its bits, under a name
 
 Kind = Literal["update", "broadcast", "dissent", "record"]
@@ -50,6 +52,9 @@ DTYPES: tuple[np.dtype[Any], ...] = (
 )
 
 _ARRAY, _BYTES, _LIST = 1, 2, 3
+_ONLY_NUMBERS = dict.fromkeys(
+    ("max_str_len", "max_bin_len", "max_array_len", "max_map_len", "max_ext_len"), 0
+)
 _PREFIX = struct.Struct("<4sBI")  # magic, version, head length
 _CRC = struct.Struct("<I")
 
@@ -71,6 +76,7 @@ class Message:
     """One message, from one client or from the server.
 
     digest: 8 bytes that name the parameters or the block plan that the values are about.
+    algorithm: 1 to 64 printable characters of ASCII, like the names of values, so that logs can show them.
     client, weight: whose update it is and how much it counts; a broadcast leaves them as they are.
     run: 8 bytes that name the run.
     weights: 8 bytes that name the global model's weights: those that the sender of an update or a dissent
@@ -92,7 +98,7 @@ class Message:
     @property
     def sender(self) -> str:
         """Whose message it is, in words."""
-        return "broadcast" if self.kind == "broadcast" else f"client {self.client}'s {self.kind}"
+        return f"client {self.client}'s {self.kind}" if self.kind in ("update", "dissent") else self.kind
 
     def value(self, name: str, kind: type[T]) -> T:
         """The value called `name`; WireError if there is none, or one of another type."""
@@ -108,6 +114,25 @@ class Message:
             expected = f"{np.dtype(dtype)} of shape {list(shape)}"
             raise self._unfit(name, expected, f"{found.dtype} of shape {list(found.shape)}")
         return found
+
+    def seed(self, name: str) -> int:
+        """The seed called `name`; WireError unless it is a whole number in [0, 2^64)."""
+        found = self.value(name, int)
+        if found < 0:
+            raise self._unfit(name, "a whole number in [0, 2^64)", str(found))
+        return found
+
+    def only(self, *names: str, optional: Collection[str] = ()) -> None:
+        """WireError unless the values have these names, with some or none of the optional ones beside them.
+
+        What nobody reads must not be there: it would be relayed to everybody.
+        """
+        got = self.values.keys()
+        if missing := [name for name in names if name not in got]:
+            raise WireError(f"{self.algorithm}: {self.sender} must have {missing[0]}, got none")
+        if unknown := got - {*names, *optional}:
+            expected = f"no values but {', '.join(names)}" if names else "no values"
+            raise WireError(f"{self.algorithm}: {self.sender} must have {expected}, got {min(unknown)}")
 
     def _unfit(self, name: str, expected: str, got: str) -> WireError:
         return WireError(f"{self.algorithm}: {self.sender} must have {name} as {expected}, got {got}")
@@ -125,6 +150,11 @@ def encode(message: Message) -> bytes:
     for part in parts:
         crc = zlib.crc32(part, crc)
     return b"".join([*parts, _CRC.pack(crc)])
+
+
+def array_bytes(itemsize: int, shape: Sequence[int]) -> int:
+    """How many bytes a message has for an array of such elements, but for its name."""
+    return len(msgpack.packb(_array_head(0, shape))) + math.prod(shape) * itemsize
 
 
 def check(message: Message) -> None:
@@ -146,8 +176,10 @@ def decode(data: bytes, copy: bool = True) -> Message:
     _check(isinstance(described, dict), "values must be a map")
     _check(
         isinstance(kind, int) and kind in range(len(KINDS)),
-        f"kind must be one of 0 .. {len(KINDS) - 1}, got {kind!r}",
+        f"kind must be one of 0 .. {len(KINDS) - 1}, got {kind!r:.80}",
     )
+    for name in described:  # before errors about its value tell it
+        _check_name("a value's name", name)
     values = {name: _read(name, value, reader) for name, value in described.items()}
     left = len(reader.view) - reader.at
     _check(left == 0, f"message must end after its payloads, got {left} more bytes")
@@ -168,7 +200,8 @@ class _Reader:
 
     def take(self, name: str, size: int) -> memoryview:
         left = len(self.view) - self.at
-        _check(size <= left, f"{name} must fit the message, {size} bytes are announced and {left} left")
+        if size > left:  # there may be many: no text unless it is wanted
+            raise WireError(f"wire: {name} must fit the message, {size} bytes are announced and {left} left")
         self.at += size
         return self.view[self.at - size : self.at]
 
@@ -213,6 +246,7 @@ def _write(name: str, value: object, payloads: list[bytes | memoryview]) -> obje
         payloads.append(value)
         return msgpack.ExtType(_BYTES, _lengths([len(value)]))
     if isinstance(value, list) and all(isinstance(item, bytes) for item in value):
+        _check(len(value) <= MAX_ITEMS, f"{name} must have at most {MAX_ITEMS} items, got {len(value)}")
         payloads += value
         return msgpack.ExtType(_LIST, _lengths(map(len, value)))
     _check_plain(name, value)
@@ -224,7 +258,11 @@ def _write_array(name: str, array: Array, payloads: list[bytes | memoryview]) ->
     _check(dtype in DTYPES, f"{name} must have one of the wire's dtypes, got {array.dtype}")
     _check_finite(name, array)
     payloads.append(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
-    return msgpack.ExtType(_ARRAY, bytes([DTYPES.index(dtype)]) + _lengths(array.shape))
+    return _array_head(DTYPES.index(dtype), array.shape)
+
+
+def _array_head(dtype: int, shape: Sequence[int]) -> object:
+    return msgpack.ExtType(_ARRAY, bytes([dtype]) + _lengths(shape))
 
 
 def _read(name: str, value: object, reader: _Reader) -> Value:
@@ -244,7 +282,8 @@ def _read(name: str, value: object, reader: _Reader) -> Value:
 def _read_array(name: str, data: bytes, reader: _Reader) -> Array:
     _check(data[:1] != b"" and data[0] < len(DTYPES), f"{name} must have one of the wire's dtypes")
     dtype, shape = DTYPES[data[0]], _read_lengths(name, data[1:])
-    _check(len(shape) <= 8 and max(shape, default=0) < 2**48, f"{name} must have a sane shape, got {shape}")
+    sane = len(shape) <= 8 and max(shape, default=0) < 2**48
+    _check(sane, f"{name} must have a sane shape, got {shape!s:.80}")
     payload = reader.take(name, math.prod(shape) * dtype.itemsize)
     try:
         array: Array = np.frombuffer(payload, dtype).reshape(shape)
@@ -255,12 +294,20 @@ def _read_array(name: str, data: bytes, reader: _Reader) -> Array:
 
 
 def _lengths(numbers: Iterable[int]) -> bytes:
-    return np.array(list(numbers), "<u8").tobytes()
+    return b"".join(map(msgpack.packb, numbers))
 
 
 def _read_lengths(name: str, data: bytes) -> list[int]:
-    _check(len(data) % 8 == 0, f"{name} must have lengths of 8 bytes, got {len(data)} bytes")
-    lengths: list[int] = np.frombuffer(data, "<u8").tolist()
+    _check(len(data) <= 9 * MAX_ITEMS, f"{name} must have at most {MAX_ITEMS} lengths")
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1), **_ONLY_NUMBERS)
+    unpacker.feed(data)
+    try:
+        lengths = list(unpacker)
+    except (ValueError, msgpack.UnpackException):
+        lengths = []
+    fit = all(type(length) is int and length >= 0 for length in lengths) and _lengths(lengths) == data
+    _check(fit, f"{name} must have lengths as msgpack's shortest integers")
+    _check(len(lengths) <= MAX_ITEMS, f"{name} must have at most {MAX_ITEMS} lengths, got {len(lengths)}")
     return lengths
 
 
@@ -273,17 +320,20 @@ def _check_message(message: Message) -> None:
         _check(right, f"{name} must be {DIGEST_BYTES} bytes, got {digest!r:.80}")
     for name, value in (("round", message.round), ("client", message.client)):
         fits = type(value) is int and 0 <= value < 2**32
-        _check(fits, f"{name} must be an integer in [0, 2^32), got {value!r}")
+        _check(fits, f"{name} must be an integer in [0, 2^32), got {value!r:.80}")
     weight = message.weight
     right = type(weight) is float and math.isfinite(weight) and weight > 0
-    _check(right, f"weight must be a finite float > 0, got {weight!r}")
+    _check(right, f"weight must be a finite float > 0, got {weight!r:.80}")
     for name in message.values:
         _check_name("a value's name", name)
 
 
 def _check_name(what: str, name: object) -> None:
-    fits = isinstance(name, str) and 0 < len(name) <= MAX_NAME
-    _check(fits, f"{what} must be text of 1 to {MAX_NAME} characters, got {name!r:.80}")
+    fits = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isascii() and name.isprintable()
+    if not fits:  # there may be many: no text unless it is wanted
+        raise WireError(
+            f"wire: {what} must be 1 to {MAX_NAME} printable characters of ASCII, got {name!a:.80}"
+        )
 
 
 def _check_plain(name: str, value: object) -> None:

@@ -199,7 +199,7 @@ def changed(message: bytes, **fields: Any) -> bytes:
         ({"digest": bytes(8)}, "client 0's update must have digest .*, got 0000000000000000"),
         ({"contract": 0x10002}, "client 0's update must have contract 65537, got 65538"),
         ({"contract": 1.0}, "client 0's update must have contract as int, got float"),
-        ({"seed": -1}, "client 0's update must have seed below 2\\^64"),
+        ({"seed": -1}, "client 0's update must have seed as a whole number in"),
         ({"kind": "broadcast"}, "broadcast must have kind update, got broadcast"),
         ({"run": b"another."}, "client 0's update must have run 0000000000000000, got 616e6f74"),
         ({"weights": bytes(8)}, "client 0's update must have weights .*, got 0000000000000000"),
@@ -405,18 +405,21 @@ def test_all_parties_read_coarse_coordinates_alike(kind: Any, seeds: Any) -> Non
 def test_one_bit_a_coordinate_is_an_eighth_of_a_byte() -> None:
     """Beside 4 blocks' scales; the header as ever."""
     lengths = {kind: len(federation(K=400, coordinates=kind).round()[0]) for kind in ("float32", "int1")}
-    scales = 4 * 4 + 7 + 12  # values, name, and dtype and shape in the head
-    assert lengths["float32"] - lengths["int1"] == 4 * 400 - 400 // 8 - scales
+    scales = 4 * 4 + 7 + 4  # values, name, and dtype and length in the head
+    shorter = 2  # the length of 50 bytes than that of 400 coordinates
+    assert lengths["float32"] - lengths["int1"] == 4 * 400 - 400 // 8 - scales + shorter
 
 
 def test_a_client_of_other_coordinates_is_rejected() -> None:
     fed, sent = federation(), federation().round()
     other = federation(coordinates="int8").round()
-    reason = r"client 0's update must have gammas as float32 of shape \[40\], got uint8"
+    reason = "client 0's update must have no values but contract, seed, gammas, got scales"
     assert_only_the_first_is_refused(fed.server, [other[0], *sent[1:]], reason)
     extra = changed(sent[0])
     decoded = wire.decode(extra)
     values = {**decoded.values, "scales": np.ones(4, np.float32)}
     with_scales = wire.encode(dataclasses.replace(decoded, values=values))
     fed = federation()
-    assert_only_the_first_is_refused(fed.server, [with_scales, *sent[1:]], "must have values")
+    assert_only_the_first_is_refused(
+        fed.server, [with_scales, *sent[1:]], "must have no values but contract, seed, gammas, got scales"
+    )

@@ -48,9 +48,11 @@ def test_a_ledger_alone(small_run: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_rejections_and_long_ledgers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = Ledger.create(tmp_path / "ledger")
     none = np.array([], np.uint32)
-    kept.append(Message("ferret", "record", bytes(8), 0, values={"base": bytes(32)}))
+    opening: dict[str, wire.Value] = {"base": bytes(32), "broadcast": b"", "config": "{}"}
+    kept.append(Message("ferret", "record", bytes(8), 0, values=opening))
     for round_ in range(1, 41):
         values: dict[str, wire.Value] = {
+            "broadcast": b"",
             "clients": np.array([0, 7], np.uint32),
             "accepted": np.array([0], np.uint32),
             "rejected": np.array([7], np.uint32),

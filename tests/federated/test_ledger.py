@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ferret_ext.federated import ledger, wire
@@ -22,7 +24,15 @@ from ferret_ext.federated.wire import Message
 
 
 def record(round_: int) -> Message:
-    return Message("ferret", "record", bytes(8), round_, values={"broadcast": b"x" * (10 + round_)})
+    values: dict[str, wire.Value] = {"broadcast": b"x" * (10 + round_)}
+    if round_ == 0:
+        values |= {"base": bytes(32), "config": "{}"}
+    else:
+        clients = np.arange(3, dtype=np.uint32)
+        values |= dict.fromkeys(("clients", "accepted"), clients)
+        values |= dict.fromkeys(("left_out", "rejected"), clients[:1])
+        values |= {"reasons": ["späť".encode()], "updates": [bytes(32)] * 3, "bytes_up": 7, "bytes_down": 0}
+    return Message("ferret", "record", bytes(8), round_, values=values)
 
 
 def written(path: Path, rounds: int = 4) -> list[Message]:
@@ -128,7 +138,8 @@ def test_a_record_of_another_ledger_is_noticed(tmp_path: Path) -> None:
     written(path)
     kept = Ledger.create(other)
     for round_ in range(4):
-        kept.append(Message("ferret", "record", bytes(8), round_, values={"broadcast": b"y"}))
+        theirs = record(round_)
+        kept.append(dataclasses.replace(theirs, values={**theirs.values, "broadcast": b"y"}))
     kept.close()
     path.write_bytes(b"".join([*split(path)[:2], *split(other)[2:]]))
     with pytest.raises(LedgerError, match=r"record 2 of .*: does not follow from the one before"):

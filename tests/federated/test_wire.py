@@ -19,7 +19,7 @@ from ferret_ext.federated.wire import BFLOAT16, Message, WireError
 
 DIGEST = bytes(range(8))
 RUN, WEIGHTS = b"the run.", b"weights."
-UPDATE_HEADER = 111  # of Ferret's, with a seed of 64 bits and a short client number
+UPDATE_HEADER = 103  # of Ferret's, with a seed of 64 bits and a short client number
 
 plain = st.one_of(
     st.integers(-(2**63), 2**64 - 1),
@@ -28,6 +28,7 @@ plain = st.one_of(
     st.binary(max_size=10),
     st.lists(st.binary(max_size=10), max_size=3),
 )
+names = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=8)
 shapes = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 
@@ -44,13 +45,13 @@ def arrays(draw: st.DrawFn) -> wire.Array:
 
 messages = st.builds(
     Message,
-    algorithm=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+    algorithm=names,
     kind=st.sampled_from(wire.KINDS),
     digest=st.binary(min_size=8, max_size=8),
     round=st.integers(0, 2**32 - 1),
     client=st.integers(0, 2**32 - 1),
     weight=st.floats(min_value=1e-9, max_value=1e9),
-    values=st.dictionaries(st.text(min_size=1, max_size=8), plain | arrays(), max_size=4),
+    values=st.dictionaries(names, plain | arrays(), max_size=4),
     run=st.binary(min_size=8, max_size=8),
     weights=st.binary(min_size=8, max_size=8),
 )
@@ -90,8 +91,8 @@ def test_layout_is_as_documented() -> None:
     head = bytes([0x99, 0, 0xA6]) + b"ferret" + digests + bytes([3, 2])
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
     head += b"\xa8contract\xce\x00\x01\x00\x01" + b"\xa4seed\xcf" + struct.pack(">Q", 2**63 + 2)
-    head += b"\xa6gammas\xc7\x09\x01" + b"\x00" + struct.pack("<Q", 5)
-    body = b"FRET\x03" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
+    head += b"\xa6gammas\xd5\x01" + b"\x00\x05"
+    body = b"FRET\x04" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
     data = wire.encode(update())
     assert data == body + struct.pack("<I", zlib.crc32(body))
     assert len(data) == UPDATE_HEADER + 4 * 5
@@ -102,10 +103,8 @@ def test_layout_of_lists_and_bytes_is_as_documented() -> None:
     digests = b"".join(b"\xc4\x08" + digest for digest in (bytes(8), DIGEST, bytes(8)))
     head = bytes([0x99, 1, 0xA1]) + b"a" + digests + bytes([0, 0])
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
-    head += (
-        b"\xa1l\xd8\x03" + struct.pack("<QQ", 2, 1) + b"\xa1b\xd7\x02" + struct.pack("<Q", 3) + b"\xa1i\xff"
-    )
-    body = b"FRET\x03" + struct.pack("<I", len(head)) + head + b"xyzuvw"
+    head += b"\xa1l\xd5\x03\x02\x01\xa1b\xd4\x02\x03\xa1i\xff"
+    body = b"FRET\x04" + struct.pack("<I", len(head)) + head + b"xyzuvw"
     assert wire.encode(message) == body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -155,7 +154,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def framed(head: bytes, payload: bytes = b"") -> bytes:
-    return sealed(b"FRET\x03" + struct.pack("<I", len(head)) + head + payload)
+    return sealed(b"FRET\x04" + struct.pack("<I", len(head)) + head + payload)
 
 
 @given(st.binary(max_size=200))
@@ -185,7 +184,7 @@ def head_with(**changed: Any) -> bytes:
 
 
 def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
-    return msgpack.ExtType(code, dtype + struct.pack(f"<{len(lengths)}Q", *lengths))
+    return msgpack.ExtType(code, dtype + b"".join(map(msgpack.packb, lengths)))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,8 @@ def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
     [
         ({"kind": 4}, "kind must be one of 0 .. 3, got 4"),
         ({"kind": True}, "shortest form"),
-        ({"algorithm": ""}, "algorithm must be text of 1 to 64 characters"),
+        ({"algorithm": ""}, "algorithm must be 1 to 64 printable characters of ASCII, got ''"),
+        ({"algorithm": "a\n"}, r"printable characters of ASCII, got 'a\\n'"),
         ({"digest": b"short"}, "digest must be 8 bytes"),
         ({"digest": "textual "}, "digest must be 8 bytes"),
         ({"run": 8}, "run must be 8 bytes, got 8"),
@@ -205,7 +205,7 @@ def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
         ({"weight": -1.0}, "weight must be a finite float > 0, got -1.0"),
         ({"weight": 1}, "weight must be a finite float > 0, got 1"),
         ({"values": []}, "values must be a map"),
-        ({"values": {b"x": 1}}, "a value's name must be text"),
+        ({"values": {b"x": 1}}, "a value's name must be 1 to 64 printable characters of ASCII, got b'x'"),
         ({"values": {"x": None}}, "x must be an int, .*, got NoneType"),
         ({"values": {"x": True}}, "x must be an int, .*, got bool"),
         ({"values": {"x": [1]}}, "x must be an int, .*, got list"),
@@ -215,7 +215,11 @@ def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
         ({"values": {"x": extension(1, 2**63, 2, dtype=b"\0")}}, "x must have a sane shape"),
         ({"values": {"x": extension(1, 0, *[2**40] * 3, dtype=b"\0")}}, "x must have a sane shape"),
         ({"values": {"x": extension(1, dtype=b"\x63")}}, "x must have one of the wire's dtypes"),
-        ({"values": {"x": extension(1, dtype=b"\0\1")}}, "x must have lengths of 8 bytes, got 1 bytes"),
+        ({"values": {"x": extension(1, dtype=b"\0\xcc\1")}}, "x must have lengths as msgpack's shortest"),
+        ({"values": {"x": extension(1, dtype=b"\0\xcd\1")}}, "x must have lengths as msgpack's shortest"),
+        ({"values": {"x": extension(1, dtype=b"\0\x91\1")}}, "x must have lengths as msgpack's shortest"),
+        ({"values": {"x": extension(2, -1)}}, "x must have lengths as msgpack's shortest integers"),
+        ({"values": {"x": extension(2, dtype=b"\xdd\xff\xff\xff\xff")}}, "x must have lengths as"),
         ({"values": {"x": extension(2, 2**62)}}, "x must fit the message"),
         ({"values": {"x": extension(2, 0, 0)}}, "x must have one length, got 2"),
         ({"values": {"x": extension(3, 0, 1)}}, "x must fit the message, 1 bytes are announced and 0 left"),
@@ -231,8 +235,8 @@ def test_wrong_fields_under_a_right_checksum_are_named(changed: dict[str, Any], 
     [
         (b"", "at least 13 bytes, got 0"),
         (sealed(b"JUNK\3\0\0\0\0"), "must begin with b'FRET', got b'JUNK'"),
-        (sealed(b"FRET\1\0\0\0\0"), "format version must be 3, got 1"),
-        (sealed(b"FRET\3\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
+        (sealed(b"FRET\1\0\0\0\0"), "format version must be 4, got 1"),
+        (sealed(b"FRET\4\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
         (framed(b"\xdd\xff\xff\xff\xff"), "head must be msgpack"),
         (framed(b"\x91" * 2000), "head must be msgpack"),
         (framed(b"\x99" + b"\xdd\0\1\0\0" * 100), "head must be msgpack"),
@@ -251,7 +255,8 @@ def test_wrong_frames_are_named(data: bytes, message: str) -> None:
     [
         ({"digest": b"short"}, "digest must be 8 bytes, got b'short'"),
         ({"kind": "reply"}, "kind must be one of update, broadcast, dissent, record, got 'reply'"),
-        ({"algorithm": "x" * 65}, "algorithm must be text of 1 to 64 characters"),
+        ({"algorithm": "x" * 65}, "algorithm must be 1 to 64 printable characters"),
+        ({"algorithm": "é"}, "algorithm must be 1 to 64 printable characters"),
         ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),
         ({"client": 2**32}, "client must be an integer"),
         ({"weight": 0.0}, "weight must be a finite float > 0"),
@@ -259,6 +264,7 @@ def test_wrong_frames_are_named(data: bytes, message: str) -> None:
         ({"values": {"x": "\ud800"}}, "a value does not fit its field"),
         ({"values": {"x": float("nan")}}, "x must be finite, got nan"),
         ({"values": {"x": True}}, "x must be an int, .*, got bool"),
+        ({"values": {"x": [b""] * 65537}}, "x must have at most 65536 items, got 65537"),
         ({"values": {"x": "y" * 2**20}}, "head must have at most 1048576 bytes"),
         (
             {"values": {"x": np.array([1, np.nan], np.float32)}},

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -156,14 +157,15 @@ class Algorithm(ABC, Generic[R]):
         return {}
 
     def begin(self, replica: R, broadcast: Message) -> None:
-        """Takes in round 0's broadcast; a replica may see it more than once."""
+        """Takes in round 0's broadcast, which has no values here; a replica may see it more than once."""
+        broadcast.only()
 
     def notes(self, replica: R) -> list[str]:
         """Lines for the log, before the first round: what its user should know about the settings."""
         return []
 
     def norm(self, replica: R, update: Message) -> float:
-        """How large an update is, beside others of its round: here the Euclidean norm of all its floats."""
+        """How large an update is beside others of its round: the Euclidean norm of its floats in arrays."""
         return math.hypot(*map(_norm, update.values.values()))
 
     def seeds(self, message: Message) -> list[int]:
@@ -254,11 +256,14 @@ class Algorithm(ABC, Generic[R]):
     def server_apply(self, replica: R, updates: Updates) -> bytes:
         """The server's part of a round: w_r from the clients' updates; returns the broadcast.
 
-        Raises NotFiniteError, and leaves the replica as it is, where numbers in the broadcast are not finite.
+        Raises NotFiniteError, and leaves the replica as it is, where numbers in the broadcast are not finite;
+        also where the weights that they lead to are not, and then these weights are lost.
         """
         message = self._broadcast(replica, replica.round + 1, self.combine(replica, updates))
         wire.check(message)
         self.advance(replica, message)
+        if not all(map(_all_finite, replica.params)):
+            raise wire.NotFiniteError(f"{self.name}: weights after round {message.round} must be finite")
         replica.round = message.round
         if replica.weights != wire.NO_DIGEST:
             replica.weights = digests.together(digests.of_each(replica.params))
@@ -342,15 +347,33 @@ def stream_contract(basis: str) -> int:
     return CONTRACT_VERSION << 16 | KINDS[basis]
 
 
+def rounded(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Sums as float32, infinite where that does not hold them: such a broadcast is refused as not finite."""
+    with np.errstate(over="ignore"):
+        return sums.astype(np.float32)
+
+
+def check_multiples(name: str, rate: float, sums: wire.Array) -> None:
+    """Raises NotFiniteError where rate times a sum is more than float32 holds, as what is applied."""
+    with np.errstate(over="ignore"):
+        largest = abs(rate) * float(np.abs(sums).max(initial=0))
+    if largest > torch.finfo(torch.float32).max:
+        raise wire.NotFiniteError(f"{name}: steps must be finite in float32, got {largest:.6g}")
+
+
 def check(name: str, what: str, field: str, expected: object, got: object) -> None:
     """Raises WireError, in the algorithm's name, where the two differ."""
     if expected != got:
         raise WireError(f"{name}: {what} must have {field} {expected}, got {got}")
 
 
+def _all_finite(tensor: Tensor) -> bool:
+    """Without a second tensor of its size."""
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
+
+
 def _norm(value: wire.Value) -> float:
-    if isinstance(value, float):
-        return value
+    """The Euclidean norm of an array of floats, infinite where float64 does not hold it; 0 for all else."""
     if not isinstance(value, np.ndarray):
         return 0.0
     if value.dtype == wire.BFLOAT16:
@@ -359,4 +382,4 @@ def _norm(value: wire.Value) -> float:
         tensor = torch.from_numpy(value.copy())
     else:
         return 0.0
-    return float(tensor.double().norm())
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

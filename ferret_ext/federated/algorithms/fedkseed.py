@@ -12,14 +12,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values
+from ferret_ext.federated.algorithms.base import (
+    Algorithm,
+    LocalData,
+    Replica,
+    Values,
+    check_multiples,
+    rounded,
+)
 from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
@@ -95,6 +102,7 @@ class FedKSeed(Algorithm[KSeedReplica]):
     """
 
     name = "fedkseed"
+    _statistics: ClassVar[tuple[str, ...]] = ()  # what a broadcast has beside seed and sums
     self_contained = True
     weighting = "examples"
     config: ZerothOrderConfig
@@ -129,8 +137,8 @@ class FedKSeed(Algorithm[KSeedReplica]):
         return {"seed": self.seed}
 
     def begin(self, replica: KSeedReplica, broadcast: Message) -> None:
-        seed = broadcast.value("seed", int)
-        replica.seeds = derive_many(seed, "candidate", replica.sums.size)
+        broadcast.only("seed")
+        replica.seeds = self._candidates(replica, broadcast)
 
     def contribute(self, replica: KSeedReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         steps, perturbations = given(self.config.steps), given(self.config.perturbations)
@@ -156,13 +164,14 @@ class FedKSeed(Algorithm[KSeedReplica]):
         for update, share in zip(updates.messages, updates.shares, strict=True):
             candidates, slopes = self._pairs(update)
             np.add.at(sums, candidates, share * slopes)
-        return {"seed": self.seed, "sums": sums.astype(np.float32)}
+        return {"seed": self.seed, "sums": rounded(sums)}
 
     def advance(self, replica: KSeedReplica, broadcast: Message) -> None:
+        broadcast.only("seed", "sums", *self._statistics)
+        seeds = self._candidates(replica, broadcast)
         sums = broadcast.array("sums", "<f4", replica.sums.shape)
-        if not replica.seeds:
-            self.begin(replica, broadcast)
-        replica.sums = sums
+        check_multiples(self.name, replica.rate, sums)
+        replica.seeds, replica.sums = seeds, sums
         replica.restore()
 
     def odds(self, replica: KSeedReplica) -> npt.NDArray[np.float64] | None:
@@ -173,8 +182,12 @@ class FedKSeed(Algorithm[KSeedReplica]):
     def _index_dtype(self) -> str:
         return "<u2" if self.config.candidate_seeds <= 1 << 16 else "<u4"
 
+    def _candidates(self, replica: KSeedReplica, broadcast: Message) -> list[int]:
+        return derive_many(broadcast.seed("seed"), "candidate", replica.sums.size)
+
     def _pairs(self, update: Message) -> tuple[Array, npt.NDArray[np.float64]]:
         """The update's candidates and slopes [n], once checked. Raises WireError."""
+        update.only("candidates", "slopes")
         count = update.value("candidates", np.ndarray).size
         most = given(self.config.steps) * given(self.config.perturbations)
         if count > most:
@@ -198,6 +211,7 @@ class FedKSeedPro(FedKSeed):
     """
 
     name = "fedkseed-pro"
+    _statistics = ("magnitudes", "visits")
 
     def combine(self, replica: KSeedReplica, updates: Updates) -> Values:
         magnitudes, visits = replica.magnitudes.astype(np.float64), replica.visits.copy()
@@ -206,7 +220,7 @@ class FedKSeedPro(FedKSeed):
             measured = np.abs(slopes) * given(self.config.perturbations)
             np.add.at(magnitudes, candidates, np.minimum(measured, self.config.clip))
             np.add.at(visits, candidates, 1)
-        statistics = {"magnitudes": magnitudes.astype(np.float32), "visits": visits}
+        statistics = {"magnitudes": rounded(magnitudes), "visits": visits}
         return {**super().combine(replica, updates), **statistics}
 
     def advance(self, replica: KSeedReplica, broadcast: Message) -> None:

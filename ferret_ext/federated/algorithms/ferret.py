@@ -31,6 +31,7 @@ from ferret_ext.federated.algorithms.base import (
     Train,
     Values,
     check,
+    rounded,
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
@@ -38,7 +39,7 @@ from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
-from ferret_ext.federated.wire import Message
+from ferret_ext.federated.wire import Message, WireError
 
 BY_NORM = ("norm", "sqrt-norm", "mse")
 P = TypeVar("P", bound=PlanReplica)
@@ -69,14 +70,14 @@ class Projecting(Algorithm[P]):
         return {"contract": self.contract}
 
     def begin(self, replica: P, broadcast: Message) -> None:
+        broadcast.only(*self.opening(replica))
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
 
     def check_values(self, replica: P, update: Message) -> None:
+        update.only("contract", "seed", *coordinates.names(self.config.coordinates))
         check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
-        check(self.name, update.sender, "seed below 2^64", True, update.value("seed", int) >= 0)
+        update.seed("seed")
         self.gammas(replica, update)
-        expected = sorted(["contract", "seed", *coordinates.names(self.config.coordinates)])
-        check(self.name, update.sender, "values", expected, sorted(update.values))  # all may be relayed
 
     def norm(self, replica: P, update: Message) -> float:
         """The Euclidean norm of the coordinates."""
@@ -142,10 +143,12 @@ class Ferret(Projecting[PlanReplica]):
         return {**values, "updates": list(updates.received)}
 
     def advance(self, replica: PlanReplica, broadcast: Message) -> None:
+        broadcast.only("contract", "step", "updates", optional=["factors"])
+        check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         updates = self._updates_in(broadcast)
         for update in updates.messages:
             self.check_update(replica, update)
-        seeds = [update.value("seed", int) for update in updates.messages]
+        seeds = [update.seed("seed") for update in updates.messages]
         gammas = [self.gammas(replica, update) for update in updates.messages]
         terms = list(zip(seeds, gammas, updates.shares, strict=True))
         self.walk(replica, terms, broadcast.value("step", float))
@@ -154,8 +157,8 @@ class Ferret(Projecting[PlanReplica]):
 
     def seeds(self, message: Message) -> list[int]:
         if message.kind == "update":
-            return [message.value("seed", int)]
-        return [update.value("seed", int) for update in self._updates_in(message).messages]
+            return [message.seed("seed")]
+        return [update.seed("seed") for update in self._updates_in(message).messages]
 
     def _updates_in(self, broadcast: Message) -> Updates:
         """What a broadcast relays. Round 0's relays nothing."""
@@ -163,6 +166,8 @@ class Ferret(Projecting[PlanReplica]):
         factors = [1.0] * len(received)
         if "factors" in broadcast.values:
             factors = broadcast.array("factors", "<f8", (len(received),)).tolist()
+            if unfit := [factor for factor in factors if not 0 <= factor <= 1]:
+                raise WireError(f"{self.name}: broadcast must have factors in [0, 1], got {unfit[0]:.6g}")
         return Updates([wire.decode(update) for update in received], received, factors)
 
 
@@ -177,7 +182,7 @@ class SharedReplica(PlanReplica):
 
     def resume(self, state: Message) -> None:
         super().resume(state)
-        self.next_seed = state.value("next_seed", int)
+        self.next_seed = state.seed("next_seed")
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class SharedFerret(Projecting[SharedReplica]):
     seed: every round's follows from it.
     """
 
-    name = "ferret-shared-round"
+    name = "ferret-round"
     rules = ALL_RULES
     seed: int
 
@@ -204,7 +209,7 @@ class SharedFerret(Projecting[SharedReplica]):
 
     def begin(self, replica: SharedReplica, broadcast: Message) -> None:
         super().begin(replica, broadcast)
-        replica.next_seed = broadcast.value("next_seed", int)
+        replica.next_seed = broadcast.seed("next_seed")
 
     def contribute(self, replica: SharedReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         return self.project(replica, data, replica.next_seed, watch)
@@ -218,14 +223,15 @@ class SharedFerret(Projecting[SharedReplica]):
         return {
             "contract": self.contract,
             "step": self.server_learning_rate,
-            "gammas": mean.numpy().astype(np.float32),
+            "gammas": rounded(mean.numpy()),
             "next_seed": self._seed_of(replica.round + 2),
         }
 
     def advance(self, replica: SharedReplica, broadcast: Message) -> None:
+        broadcast.only("contract", "step", "gammas", "next_seed")
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
-        step, next_seed = broadcast.value("step", float), broadcast.value("next_seed", int)
+        step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")
         self.walk(replica, [(replica.next_seed, gammas, 1.0)], step)
         self.allocate(replica, [gammas], [1.0])
         replica.next_seed = next_seed

@@ -4,7 +4,7 @@ One pool of K seeds is drawn once and shared by all clients and rounds; here the
 basis, for every block anew. A client takes a random subset of the pool for each block, the larger the block's
 update is. The server keeps a coefficient for each (block, seed), with momentum, and steps along their sum.
 
-    update     contract int, seed int of the subsets, counts uint32 [L], gammas float32 [sum counts]
+    update     seed int of the subsets, counts uint32 [L], gammas float32 [sum counts]
     broadcast  contract int, step float, pool float32 [L K]; round 0's: contract int, seed int of the pool
 """
 
@@ -28,6 +28,7 @@ from ferret_ext.federated.algorithms.base import (
     Train,
     Values,
     check,
+    rounded,
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
@@ -36,7 +37,7 @@ from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import ConfigError
-from ferret_ext.federated.wire import Message
+from ferret_ext.federated.wire import Message, WireError
 from ferret_ext.ops import VARIANCE
 
 FEWEST = 2  # seeds of a block, however small its update
@@ -44,7 +45,6 @@ LARGEST_NORM = 10.0  # of what one seed contributes to one block
 LONGEST = {"rademacher": 1.0, "uniform": 1.0, "gaussian": 7.0}  # a basis vector's norm is at most this
 
 Pool = npt.NDArray[np.float32]  # [L K], by block and seed
-Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class PoolReplica(PlanReplica):
 
     def resume(self, state: Message) -> None:
         super().resume(state)
-        self.seed, self.pool = state.value("seed", int), state.array("pool", "<f4", self.pool.shape)
+        self.seed, self.pool = state.seed("seed"), state.array("pool", "<f4", self.pool.shape)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class FerretReference(Algorithm[PoolReplica]):
     10, one that is not finite left out.
     """
 
-    name = "ferret-reference-code"
+    name = "ferret-ref"  # on the wire, where it stands in every update
     weighting = "batches"
     config: FerretConfig
     server_learning_rate: float
@@ -93,8 +93,9 @@ class FerretReference(Algorithm[PoolReplica]):
         return {"contract": self.contract, "seed": self.seed}
 
     def begin(self, replica: PoolReplica, broadcast: Message) -> None:
+        broadcast.only("contract", "seed")
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
-        replica.seed = broadcast.value("seed", int)
+        replica.seed = broadcast.seed("seed")
 
     def contribute(self, replica: PoolReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         with watch("local"):
@@ -112,22 +113,30 @@ class FerretReference(Algorithm[PoolReplica]):
             chosen = chosen_seeds(seed, counts, self.config.K)
             gammas = projected.double().cpu().numpy()[chosen] * np.repeat(scale, counts)
         values = {"counts": counts.astype(np.uint32), "gammas": gammas.astype(np.float32)}
-        return {"contract": self.contract, "seed": seed, **values}, loss
+        return {"seed": seed, **values}, loss
 
     def check_values(self, replica: PoolReplica, update: Message) -> None:
-        self._read(replica, update)
+        update.only("seed", "counts", "gammas")
+        update.seed("seed")
+        counts = update.array("counts", "<u4", (len(replica.plan.blocks),)).astype(np.int64)
+        unfit = counts[(counts < FEWEST) | (counts > self.config.K)]
+        if unfit.size:
+            expected = f"counts in [{FEWEST}, {self.config.K}]"
+            raise WireError(f"{self.name}: {update.sender} must have {expected}, got {unfit[0]}")
+        update.array("gammas", "<f4", (int(counts.sum()),))
 
     def combine(self, replica: PoolReplica, updates: Updates) -> Values:
         pool = self.config.pool_momentum * replica.pool.astype(np.float64)
         for share, update in zip(updates.shares, updates.messages, strict=True):
-            places, gammas = self._read(replica, update)
-            pool[places] += share * gammas
-        with np.errstate(over="ignore"):
-            rounded = pool.astype(np.float32)
-        rounded[~np.isfinite(rounded)] = 0
-        return {"contract": self.contract, "step": self.step(replica.round + 1), "pool": rounded}
+            counts, gammas = (update.value(name, np.ndarray) for name in ("counts", "gammas"))
+            places = chosen_seeds(update.seed("seed"), counts.astype(np.int64), self.config.K)
+            pool[places] += share * gammas.astype(np.float64)
+        kept = rounded(pool)
+        kept[~np.isfinite(kept)] = 0
+        return {"contract": self.contract, "step": self.step(replica.round + 1), "pool": kept}
 
     def advance(self, replica: PoolReplica, broadcast: Message) -> None:
+        broadcast.only("contract", "step", "pool")
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         pool: Pool = broadcast.array("pool", "<f4", (replica.plan.K,))
         step = broadcast.value("step", float)
@@ -149,28 +158,17 @@ class FerretReference(Algorithm[PoolReplica]):
     def contract(self) -> int:
         return stream_contract(self.config.chosen_basis)
 
-    def _read(self, replica: PoolReplica, update: Message) -> tuple[npt.NDArray[np.int64], Numbers]:
-        """An update's places in the pool and its coordinates there; WireError if they do not fit."""
-        sender = update.sender
-        check(self.name, sender, "contract", self.contract, update.value("contract", int))
-        check(self.name, sender, "seed below 2^64", True, update.value("seed", int) >= 0)
-        counts = update.array("counts", "<u4", (len(replica.plan.blocks),)).astype(np.int64)
-        fit = bool((counts >= FEWEST).all() and (counts <= self.config.K).all())
-        check(self.name, sender, f"counts in [{FEWEST}, {self.config.K}]", True, fit)
-        gammas = update.array("gammas", "<f4", (int(counts.sum()),)).astype(np.float64)
-        return chosen_seeds(update.value("seed", int), counts, self.config.K), gammas
-
     def _clip(self, replica: PoolReplica, pool: Pool) -> Pool:
         """The pool with every ||pool_lk v_lk|| at most 10; vectors are drawn only where they may matter."""
         clipped: Pool = pool.copy()
         basis = self.config.chosen_basis
-        for place in np.flatnonzero(np.abs(pool) * LONGEST[basis] > LARGEST_NORM).tolist():
+        for place in np.flatnonzero(np.abs(pool) > LARGEST_NORM / LONGEST[basis]).tolist():
             block, k = replica.plan.blocks[place // self.config.K], place % self.config.K
             vector: Tensor = ferret_ext.basis(
                 replica.seed, k, (block.numel,), basis=basis, offset=block.offset
             )
             norm = abs(float(pool[place])) * vector.double().norm().item()
-            clipped[place] *= min(1.0, LARGEST_NORM / norm)
+            clipped[place] *= min(1.0, LARGEST_NORM / norm) if norm else 1.0
         return clipped
 
 

@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ferret_ext.federated import wire
-from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Values
+from ferret_ext.federated.algorithms.base import (
+    Algorithm,
+    LocalData,
+    Replica,
+    Values,
+    check_multiples,
+    rounded,
+)
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.metrics import Stopwatch
@@ -62,7 +69,7 @@ class ScalarReplica(Replica):
         return {"next_seed": self.next_seed}
 
     def resume(self, state: Message) -> None:
-        self.next_seed = state.value("next_seed", int)
+        self.next_seed = state.seed("next_seed")
 
     def mark(self) -> None:
         if self.snapshot is not None:
@@ -84,6 +91,7 @@ class DeComFL(Algorithm[ScalarReplica]):
     """
 
     name = "decomfl"
+    multiples: ClassVar[str] = "slopes"  # what clients answer is called so
     rules = ALL_RULES
     config: ZerothOrderConfig
     server_learning_rate: float
@@ -104,7 +112,8 @@ class DeComFL(Algorithm[ScalarReplica]):
         return {"next_seed": self._seed_of(1)}
 
     def begin(self, replica: ScalarReplica, broadcast: Message) -> None:
-        replica.next_seed = broadcast.value("next_seed", int)
+        broadcast.only("next_seed")
+        replica.next_seed = broadcast.seed("next_seed")
 
     def contribute(self, replica: ScalarReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         directions = direction_seeds(replica.next_seed, *self.shape)
@@ -116,6 +125,7 @@ class DeComFL(Algorithm[ScalarReplica]):
         return self.answer(slopes), loss
 
     def check_values(self, replica: ScalarReplica, update: Message) -> None:
+        update.only(self.multiples)
         self.steps_of(update)
 
     def combine(self, replica: ScalarReplica, updates: Updates) -> Values:
@@ -128,17 +138,20 @@ class DeComFL(Algorithm[ScalarReplica]):
 
     @torch.no_grad()
     def advance(self, replica: ScalarReplica, broadcast: Message) -> None:
-        seeds = direction_seeds(broadcast.value("seed", int), *self.shape)
+        broadcast.only("seed", "next_seed", self.multiples)
+        seeds, next_seed = direction_seeds(broadcast.seed("seed"), *self.shape), broadcast.seed("next_seed")
         rate = self.server_learning_rate * given(self.config.learning_rate) / self.shape[1]
+        steps = self.steps_of(broadcast)
+        check_multiples(self.name, rate, steps)
         terms = [
             (seed, -rate * g)
-            for row, slopes in zip(seeds, self.steps_of(broadcast).tolist(), strict=True)
+            for row, slopes in zip(seeds, steps.tolist(), strict=True)
             for seed, g in zip(row, slopes, strict=True)
             if g
         ]
         if terms:
             replica.walk.directions.add_(replica.params, terms)
-        replica.next_seed = broadcast.value("next_seed", int)
+        replica.next_seed = next_seed
 
     def answer(self, slopes: Slopes) -> Values:
         """What a client says of its slopes [T, P]."""
@@ -147,7 +160,7 @@ class DeComFL(Algorithm[ScalarReplica]):
     def tally(self, updates: Updates) -> Values:
         """What the server makes of the clients' answers."""
         mean = updates.average(lambda update: torch.from_numpy(self.steps_of(update).astype(np.float64)))
-        return {"slopes": mean.numpy().astype(np.float32)}
+        return {"slopes": rounded(mean.numpy())}
 
     def steps_of(self, message: Message) -> Array:
         """The multiples [T, P] of the directions in an update or a broadcast. Raises WireError."""
@@ -171,6 +184,7 @@ class FeedSign(DeComFL):
     """
 
     name = "feedsign"
+    multiples = "votes"
     rules = ("mean",)  # a vote is a vote
 
     def replicate(self, model: Any) -> ScalarReplica:
