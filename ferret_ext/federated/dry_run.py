@@ -12,7 +12,6 @@ import torch
 
 from ferret_ext.federated import adapters, estimate, models
 from ferret_ext.federated.algorithms.base import trainable
-from ferret_ext.federated.algorithms.plans import make_plan
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
@@ -29,12 +28,12 @@ def describe(config: SimulationConfig) -> Iterator[str]:
     with torch.device("meta"):
         model = adapters.attach(base, config.adapter, derive(config.seed, "adapter"))
     yield _model_line(config, model)
-    plan = plan_of(config, model)
+    plan = estimate.plan_of(config, model)
     if plan is not None:
         yield _plan_line(plan)
     yield from _work_lines(config, model)
     yield from _memory_lines(config, model)
-    yield from _traffic_lines(config, model, full, len(plan.blocks) if plan else 0)
+    yield from _traffic_lines(config, model, full)
 
 
 def _model_line(config: SimulationConfig, model: Any) -> str:
@@ -46,18 +45,6 @@ def _model_line(config: SimulationConfig, model: Any) -> str:
         f"model: {every:,} parameters, {which} trained: {in_words(models.trainable_bytes(model))} in "
         f"{str(dtype).removeprefix('torch.')}"
     )
-
-
-def plan_of(config: SimulationConfig, model: Any) -> BlockPlan | None:
-    """The first round's plan; None for algorithms without one."""
-    if config.algorithm != "ferret":
-        return None
-    ferret = config.ferret
-    if ferret.mode == "paper":
-        by_norm = ferret.allocation not in ("size", "equal")
-        return make_plan(model, ferret.K, ferret.chosen_granularity, "size" if by_norm else ferret.allocation)
-    plan = make_plan(model, None, ferret.chosen_granularity, "equal")
-    return plan.with_allocation("equal", ferret.K * len(plan.blocks))
 
 
 def _plan_line(plan: BlockPlan) -> str:
@@ -107,8 +94,8 @@ def _memory_lines(config: SimulationConfig, model: Any) -> Iterator[str]:
         yield "warning: the disk will not be enough"
 
 
-def _traffic_lines(config: SimulationConfig, model: Any, full: int, blocks: int) -> Iterator[str]:
-    it = estimate.traffic(config, model, blocks)
+def _traffic_lines(config: SimulationConfig, model: Any, full: int) -> Iterator[str]:
+    it = estimate.traffic(config, model)
     at_most = "at most " if it.at_most else ""
     yield f"a client's update: {at_most}{it.update:,} bytes, {_times(full, it.update)}"
     yield f"a round's broadcast: {it.broadcast:,} bytes, {_times(full, it.broadcast)}"

@@ -11,13 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ferret_ext.federated import models, wire
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+from ferret_ext.federated import coordinates, models, wire
 from ferret_ext.federated.algorithms.base import stream_contract, trainable
+from ferret_ext.federated.algorithms.ferret import BY_NORM, Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
+from ferret_ext.federated.algorithms.plans import make_plan
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.protocols import PROTOCOLS
 from ferret_ext.federated.wire import Message
 from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
+from ferret_ext.plan import BlockPlan
 
 LARGE = 2**63  # stands for any seed
 RELAYED = ("ferret", "decomfl", "feedsign")  # algorithms whose broadcasts stand on each other
@@ -66,27 +72,47 @@ def clients_of(config: SimulationConfig) -> int | None:
     return config.num_clients
 
 
-def traffic(config: SimulationConfig, model: Any, blocks: int) -> Traffic:
-    """The messages of a run on this model. blocks: of the plan, where the algorithm has one."""
+def name_of(config: SimulationConfig) -> str:
+    """What the messages call the algorithm."""
+    if config.algorithm != "ferret":
+        return config.algorithm
+    if config.ferret.mode == "reference-code":
+        return FerretReference.name
+    return SharedFerret.name if config.ferret.seeds == "shared-round" else Ferret.name
+
+
+def plan_of(config: SimulationConfig, model: Any) -> BlockPlan | None:
+    """The first round's plan; None for algorithms without one. Raises ConfigError."""
+    if config.algorithm != "ferret":
+        return None
+    ferret = config.ferret
+    if ferret.mode == "paper":
+        by_norm = ferret.allocation in BY_NORM
+        return make_plan(model, ferret.K, ferret.chosen_granularity, "size" if by_norm else ferret.allocation)
+    plan = make_plan(model, None, ferret.chosen_granularity, "equal")
+    return plan.with_allocation("equal", ferret.K * len(plan.blocks))
+
+
+def traffic(config: SimulationConfig, model: Any) -> Traffic:
+    """The messages of a run on this model. Raises ConfigError."""
+    plan = plan_of(config, model)
     clients = clients_of(config) or 1
     chosen = max(1, round(config.client_fraction * clients))
-    update = _update(config, model, blocks)
-    broadcast = _broadcast(config, model, blocks, update, chosen)
+    update = _update(config, model, plan)
+    broadcast = _broadcast(config, model, plan, update, chosen)
     at_most = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
     return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most)
 
 
-def _update(config: SimulationConfig, model: Any, blocks: int) -> int:
+def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None) -> int:
     """Bytes of a client's update."""
-    algorithm, K = config.algorithm, config.ferret.K
-    contract = stream_contract(config.ferret.chosen_basis)
-    if algorithm == "ferret" and config.ferret.mode == "paper":
-        return _size(algorithm, {"contract": contract, "seed": LARGE, "gammas": (4, K)})
-    if algorithm == "ferret":
-        return _size(
-            FerretReference.name,
-            {"seed": LARGE, "counts": (4, blocks), "gammas": (4, blocks * K)},
-        )
+    algorithm = name_of(config)
+    if plan is not None:
+        first: dict[str, Any] = {"contract": stream_contract(config.ferret.chosen_basis), "seed": LARGE}
+        if algorithm == FerretReference.name:
+            return _size(algorithm, {**first, "counts": (4, len(plan.blocks)), "gammas": (4, plan.K)})
+        zeros = np.zeros(plan.K, np.float32)
+        return _size(algorithm, {**first, **coordinates.write(zeros, plan, config.ferret.coordinates, 0)})
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
         steps, directions = given(chosen.steps), given(chosen.perturbations)
@@ -97,39 +123,48 @@ def _update(config: SimulationConfig, model: Any, blocks: int) -> int:
         wide = 4 if chosen.candidate_seeds > 65536 else 2
         count = steps * directions
         return _size(algorithm, {"candidates": (wide, count), "slopes": (4, count)})
-    return _size(algorithm, _whole(model))
+    return _size_of_whole(algorithm, model)
 
 
-def _broadcast(config: SimulationConfig, model: Any, blocks: int, update: int, chosen: int) -> int:
+def _broadcast(config: SimulationConfig, model: Any, plan: BlockPlan | None, update: int, chosen: int) -> int:
     """Bytes of what the server relays after a round."""
-    algorithm, K = config.algorithm, config.ferret.K
-    contract = stream_contract(config.ferret.chosen_basis)
-    if algorithm == "ferret" and config.ferret.mode == "paper":
-        return (
-            _size(algorithm, {"contract": contract, "step": 1.0, "updates": [b""] * chosen}) + chosen * update
-        )
-    if algorithm == "ferret":
-        return _size(FerretReference.name, {"contract": contract, "step": 1.0, "pool": (4, blocks * K)})
+    algorithm = name_of(config)
+    if plan is not None:
+        first: dict[str, Any] = {"contract": stream_contract(config.ferret.chosen_basis), "step": 1.0}
+        if algorithm == FerretReference.name:
+            return _size(algorithm, {**first, "pool": (4, plan.K)})
+        if config.ferret.seeds == "shared-round":
+            return _size(algorithm, {**first, "gammas": (4, plan.K), "next_seed": LARGE})
+        return _size(algorithm, {**first, "updates": [bytes(update)] * chosen})
     if algorithm.startswith("fedkseed"):
         candidates = config.zeroth_order.candidate_seeds
         pro = {name: (4, candidates) for name in ("magnitudes", "visits") if algorithm == "fedkseed-pro"}
         return _size(algorithm, {"seed": LARGE, "sums": (4, candidates), **pro})
     if algorithm in ("decomfl", "feedsign"):
         return update + _size(algorithm, {"seed": LARGE, "next_seed": LARGE}) - _size(algorithm, {})
-    return _size(algorithm, _whole(model))
-
-
-def _whole(model: Any) -> dict[str, Any]:
-    params = trainable(model).values()
-    return {str(index): (param.element_size(), param.numel()) for index, param in enumerate(params)}
+    return _size_of_whole(algorithm, model)
 
 
 def _size(algorithm: str, values: Mapping[str, Any]) -> int:
     """Bytes of a message; (n, *shape) stands for an array of that shape with n bytes an element."""
-    arrays = {name: value for name, value in values.items() if isinstance(value, tuple)}
-    plain = {**values, **dict.fromkeys(arrays, 0)}  # a 0 is one byte
-    head = wire.encode(Message(algorithm, "update", wire.NO_DIGEST, 1, values=plain))
-    return len(head) + sum(wire.array_bytes(size, shape) - 1 for size, *shape in arrays.values())
+    made = {
+        name: np.zeros(value[1:], f"u{value[0]}") if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+    return len(wire.encode(Message(algorithm, "update", wire.NO_DIGEST, 1, values=made)))
+
+
+def _size_of_whole(algorithm: str, model: Any) -> int:
+    """Bytes of a message with all trained parameters, which are not made for it."""
+    params = list(trainable(model).values())
+    empty = _size(algorithm, {str(index): (1, 0) for index in range(len(params))})
+    lengths = sum(_described(param.numel()) - _described(0) for param in params)
+    return empty + lengths + sum(param.numel() * param.element_size() for param in params)
+
+
+def _described(numel: int) -> int:
+    """Bytes that a flat array takes in the head, beside its name (see `wire`)."""
+    return len(msgpack.packb(msgpack.ExtType(1, bytes(1) + wire._lengths([numel]))))
 
 
 # ---- memory and disk ----
@@ -198,5 +233,5 @@ def disk(config: SimulationConfig, model: Any) -> int:
     whole: int = sum(param.numel() * param.element_size() for param in model.parameters())
     every = config.ledger.snapshot_every if config.algorithm in RELAYED else 0
     snapshots = min(config.ledger.keep_snapshots + 1, config.rounds // every) if every else 0
-    broadcasts = config.rounds * traffic(config, model, len(trainable(model))).broadcast
+    broadcasts = config.rounds * traffic(config, model).broadcast
     return whole + snapshots * trained + broadcasts

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ferret_ext.federated import dry_run, journal, ledger, models, wire
-from ferret_ext.federated.algorithms.ferret import BY_NORM, block_norms
+from ferret_ext.federated import algorithms, journal, ledger, models, wire
+from ferret_ext.federated.algorithms.ferret import Projecting
+from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig, build
 from ferret_ext.federated.plot import LOSS, STYLE, WHOLE
 from ferret_ext.federated.plot_comparison import COLOURS, save_comparison_plot
@@ -76,16 +77,16 @@ def plans_of(run: Run) -> list[BlockPlan]:
         model = models.skeleton(str(stored) if stored.is_dir() else run.config.model, run.config.dtype)
     except ConfigError:
         return []
-    plan, by_norm = dry_run.plan_of(run.config, model), run.config.ferret.allocation in BY_NORM
+    algorithm = algorithms.create(run.config, LocalTrainer(run.config.training, 0))
+    assert isinstance(algorithm, Projecting)
+    replica = algorithm.replicate(model)
     plans: list[BlockPlan] = []
     for record in ledger.read(path):
-        if plan is not None and by_norm and record.round > 0:
-            broadcast = wire.decode(record.value("broadcast", bytes))
-            updates = [wire.decode(update) for update in broadcast.value("updates", list)]
-            plan = plan.with_allocation(run.config.ferret.allocation, norms=block_norms(plan, updates))
-        if plan is None or record.digest.hex() != plan.digest()[: 2 * wire.DIGEST_BYTES]:
+        if record.round > 0:
+            algorithm.allocate(replica, wire.decode(record.value("broadcast", bytes)))
+        if record.digest != replica.digest:
             return []  # another model
-        plans.append(plan)
+        plans.append(replica.plan)
     return plans[:-1]  # the last is of a round to come
 
 

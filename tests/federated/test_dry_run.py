@@ -49,16 +49,26 @@ def test_messages_are_as_long_as_estimated(algorithm: str) -> None:
     steps = 1 if algorithm == "feedsign" else 3
     config = config_of(("algorithm", algorithm), ("zeroth_order.steps", steps))
     model = adapters.attach(models.skeleton(models.TINY_LLAMA, "float32"), config.adapter, 0)
-    expected = estimate.traffic(config, model, blocks=0)
+    expected = estimate.traffic(config, model)
     updates, broadcast = messages(config)
     assert updates == [pytest.approx(expected.update, abs=4)] * 2
     assert broadcast == pytest.approx(expected.broadcast, abs=8)
     assert not expected.at_most
 
 
+@pytest.mark.parametrize("kind", ["float16", "int8", "int1"])
+@pytest.mark.parametrize("seeds", ["per-client", "shared-round"])
+def test_few_bits_and_shared_seeds_are_reckoned_with(kind: str, seeds: str) -> None:
+    config = config_of(("ferret.coordinates", kind), ("ferret.seeds", seeds))
+    expected = estimate.traffic(config, models.skeleton(models.TINY_LLAMA, "float32"))
+    updates, broadcast = messages(config)
+    assert updates == [expected.update] * 2
+    assert broadcast == expected.broadcast
+
+
 def test_reference_code_sends_no_more_than_estimated() -> None:
     config = config_of(("ferret.mode", "reference-code"))
-    expected = estimate.traffic(config, models.skeleton(models.TINY_LLAMA, "float32"), blocks=14)
+    expected = estimate.traffic(config, models.skeleton(models.TINY_LLAMA, "float32"))
     updates, broadcast = messages(config)
     assert expected.at_most
     assert max(updates) <= expected.update

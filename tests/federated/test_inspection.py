@@ -48,8 +48,9 @@ def test_a_ledger_alone(small_run: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_rejections_and_long_ledgers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = Ledger.create(tmp_path / "ledger")
     none = np.array([], np.uint32)
-    opening: dict[str, wire.Value] = {"base": bytes(32), "broadcast": b"", "config": "{}"}
-    kept.append(Message("ferret", "record", bytes(8), 0, values=opening))
+    kept.append(
+        Message("ferret", "record", bytes(8), 0, values={"base": bytes(32), "config": "{}", "broadcast": b""})
+    )
     for round_ in range(1, 41):
         values: dict[str, wire.Value] = {
             "broadcast": b"",

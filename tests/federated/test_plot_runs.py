@@ -64,6 +64,13 @@ def test_plans_follow_from_the_ledger(by_norm: Path, small_run: Path) -> None:
     assert set(by_size) == {first}
 
 
+def test_plans_of_a_run_with_shared_seeds(tmp_path: Path) -> None:
+    settings = ["ferret.seeds=shared-round", "ferret.coordinates=int8", "ferret.allocation=mse", "rounds=2"]
+    assert main(["simulate", *SMALL, *settings, "--out", str(tmp_path / "run")]) == 0
+    first, second = plot_runs.plans_of(plot_runs._read(tmp_path / "run", "a"))
+    assert first != second
+
+
 def test_a_run_under_way_is_drawn(by_norm: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(by_norm / name, tmp_path / name)

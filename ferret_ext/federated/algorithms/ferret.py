@@ -16,6 +16,7 @@ or, with `ferret.seeds: shared-round`, one for all clients of a round:
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,10 +117,14 @@ class Projecting(Algorithm[P]):
         with torch.no_grad():
             ferret_ext.apply_(replica.plan, replica.params, moved, -step, basis=self.config.chosen_basis)
 
-    def allocate(self, replica: P, gammas: Sequence[wire.Array], weights: Sequence[float]) -> None:
+    @abstractmethod
+    def relayed(self, replica: P, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
+        """The coordinates float32 [K] that a round's broadcast tells everybody, and their weights."""
+
+    def allocate(self, replica: P, broadcast: Message) -> None:
         """The next round's K_l, where they go by the norms of this round's updates."""
         if self.config.allocation in BY_NORM:
-            norms = block_norms(replica.plan, gammas, weights)
+            norms = block_norms(replica.plan, *self.relayed(replica, broadcast))
             replica.plan = replica.plan.with_allocation(self.config.allocation, norms=norms)
 
 
@@ -152,8 +157,12 @@ class Ferret(Projecting[PlanReplica]):
         gammas = [self.gammas(replica, update) for update in updates.messages]
         terms = list(zip(seeds, gammas, updates.shares, strict=True))
         self.walk(replica, terms, broadcast.value("step", float))
+        self.allocate(replica, broadcast)
+
+    def relayed(self, replica: PlanReplica, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
+        updates = self._updates_in(broadcast)
         squares = [share * factor for share, factor in zip(updates.shares, updates.factors, strict=True)]
-        self.allocate(replica, gammas, squares)
+        return [self.gammas(replica, update) for update in updates.messages], squares
 
     def seeds(self, message: Message) -> list[int]:
         if message.kind == "update":
@@ -233,8 +242,11 @@ class SharedFerret(Projecting[SharedReplica]):
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
         step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")
         self.walk(replica, [(replica.next_seed, gammas, 1.0)], step)
-        self.allocate(replica, [gammas], [1.0])
+        self.allocate(replica, broadcast)
         replica.next_seed = next_seed
+
+    def relayed(self, replica: SharedReplica, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
+        return [broadcast.array("gammas", "<f4", (replica.plan.K,))], [1.0]
 
     def _seed_of(self, round_: int) -> int:
         return derive(self.seed, "basis", round_)
