@@ -20,7 +20,7 @@ from ferret_ext.federated.cli import main
 from ferret_ext.federated.engines import in_process
 from ferret_ext.federated.engines.in_process import InProcessClients
 
-UPDATE_HEADER = 111
+UPDATE_HEADER = 103
 SECONDS = {f"seconds_{part}" for part in ("local", "project", "rebuild", "server", "eval", "generate")}
 
 
