@@ -267,7 +267,7 @@ def test_simulate_checks_columns_before_it_holds_records_out(
 def test_interrupted_run_names_the_metrics_that_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     owner, name = (InProcessClients, "exchange") if begun else (in_process.models, "load")
