@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU session is to bring home, by one command in under 9 minutes:
+# All that a GPU is needed for, by one command; the stages may take 525 s together:
 #
 #   benchmarks/gpu_suite.sh OUT_DIR              builds, tests, times, profiles; files in OUT_DIR after every stage
 #   benchmarks/gpu_suite.sh --dry-run OUT_DIR    says what it would do
