@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Granularity = Literal["tensor", "packed"]
-Allocation = Literal["size", "equal", "norm", "sqrt-norm", "mse"]
+Allocation = Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse"]
 
 TILE = 512  # stream elements that share a scale in project; blocks start at multiples of it
 PACKING_TARGET = 0.9  # "packed" fills a block up to this share of the parameters' median size
@@ -132,9 +132,10 @@ class BlockPlan:
     ) -> BlockPlan:
         """The same blocks with other K_l >= 1, whose sum is exactly K (default: the plan's).
 
-        allocation: K_l in proportion to d_l ("size"), 1 ("equal"), ||delta_l|| ("norm", as in the paper's
-        experiments), sqrt(||delta_l||) ("sqrt-norm", its proposition 2) or ||delta_l|| sqrt(d_l) ("mse", the
-        least mean-square error).
+        allocation: K_l in proportion to d_l ("size"), sqrt(d_l) ("sqrt-size", the least mean-square error if
+        all norms are alike), 1 ("equal"), ||delta_l|| ("norm", as in the paper's experiments),
+        sqrt(||delta_l||) ("sqrt-norm", its proposition 2) or ||delta_l|| sqrt(d_l) ("mse", the least
+        mean-square error).
         norms: ||delta_l|| of each block for the last three, e.g. from `block_norms`; all zero means "equal".
         Raises ValueError if K is below the number of blocks, or a norm is missing, negative or not finite.
         """
@@ -287,6 +288,8 @@ def _weights(numels: Sequence[int], allocation: Allocation, norms: Sequence[floa
         )
     if allocation == "size":
         return list(numels)
+    if allocation == "sqrt-size":  # as exact integers
+        return [math.isqrt(numel << 64) for numel in numels]
     if allocation == "equal":
         return [1] * len(numels)
     values = _checked_norms(norms, len(numels), allocation)
