@@ -202,8 +202,8 @@ def pack(plan: BlockPlan, gammas: Tensor, packing: Packing) -> Packed:
     plan: the blocks with the K_l that are sent. gammas: [K 2^choice], as `project_difference` gives them for
         `packing.candidates(plan)`; from another device they are moved to the CPU, where the result is.
 
-    A level is the nearest to the coordinate over a step that goes by the block's root mean square; no draw is
-    made. The scale keeps the inner product: sum gamma read = sum gamma^2. Over bases the reconstruction's mean
+    A level is the nearest to the coordinate over a step that goes by the block's root mean square; nothing is
+    drawn. The scale keeps the inner product: sum gamma read = sum gamma^2. Over bases the mean reconstruction
     is the update as far as coordinates are normal, which they nearly are for d_l large (docs/quality.md).
     Raises TypeError and ValueError for input that does not fit, and for scales that float32 cannot hold.
     """

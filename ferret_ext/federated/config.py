@@ -132,7 +132,7 @@ class FerretConfig:
         "reference-code packed",
         at_least=1,
     )
-    allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse"] = option(
+    allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"] = option(
         "size",
         "how K is shared out among the blocks; norms are those of the last round, and before the "
         "first one sqrt-size",

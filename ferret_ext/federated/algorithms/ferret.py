@@ -45,7 +45,7 @@ from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
 
-BY_NORM = ("norm", "sqrt-norm", "mse")
+BY_NORM = ("norm", "sqrt-norm", "mse", "curvature")
 P = TypeVar("P", bound=PlanReplica)
 
 
