@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -148,7 +148,7 @@ def config_of(
     return configuration.build([*presets.settings_of(options.preset, variant), *where, *more, *given])
 
 
-def shares(row: dict[str, Any], fedavg: dict[str, Any]) -> list[float]:
+def shares(row: Mapping[str, Any], fedavg: Mapping[str, Any]) -> list[float]:
     """The share of FedAvg's loss reduction that each seed reaches."""
     result = []
     for seed, one in row["runs"].items():
