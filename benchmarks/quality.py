@@ -79,7 +79,8 @@ FORMS = [
     Form("choice8", "choice8", "curvature", 128, 0.3),
     Form("choice8", "choice8", "curvature", 512, 0.6),
     Form("choice8", "choice8", "curvature", 4096, 1.0),
-    Form("choice12", "choice12", "curvature", 512, 0.6),
+    Form("choice12", "choice12", "curvature", 512, 0.7),
+    Form("choice12", "choice12", "curvature", 4096, 1.0),
 ]
 
 

@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_readme_python_runs() -> None:
     code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     names: dict[str, torch.Tensor] = {}
     exec("\n".join(code), names)
     assert names["gamma"].shape == (4096,)
