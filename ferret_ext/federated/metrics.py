@@ -102,7 +102,13 @@ class RoundMetrics:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> RoundMetrics:
         """The metrics in a line of metrics.jsonl; KeyError or TypeError if it has something else."""
-        return cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
+        metrics = cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
+        told = {**vars(metrics), "train_loss": metrics.train_loss or 0.0}
+        people = [*told.pop("clients"), *told.pop("left_out"), *(it.client for it in told.pop("rejected"))]
+        scores = told.pop("scores").values()
+        if any(not isinstance(number, (int, float)) for number in (*people, *scores, *told.values())):
+            raise TypeError("expected numbers in a line of metrics.jsonl")
+        return metrics
 
 
 class Stopwatch:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from ferret_ext import __version__, cpu_capability
-from ferret_ext.federated import adapters, files, journal
+from ferret_ext.federated import adapters, files, journal, page
 from ferret_ext.federated.client import OptimizerStates
 from ferret_ext.federated.config import EVALUATION_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
@@ -99,6 +99,7 @@ class RunFolder(ResultFolder):
         "partition.png",
         "partition.svg",
         "run.json",
+        page.PAGE,
         "model",
         "plots",
     )
@@ -178,7 +179,7 @@ class RunFolder(ResultFolder):
             _append(self.metrics, [asdict(metrics)])
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
-        """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
+        """Writes the plot, the global model as a folder for transformers (`adapters.save`), and the page."""
         with self.writing():
             save_plot(history, self.path)
             adapters.save(model, tokenizer, self.path / "model")
@@ -187,6 +188,7 @@ class RunFolder(ResultFolder):
             # last: what has it is finished
             files.replace(self.path / "run.json", lambda path: path.write_text(text, "utf-8"))
             (self.path / journal.PENDING).unlink(missing_ok=True)
+        page.write(self.path)
 
     def _write_partition(self, holdings: Holdings) -> None:
         text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)
