@@ -255,7 +255,7 @@ def _with_saved(options: argparse.Namespace, settings: list[Setting]) -> list[Se
 
 def run_comparison(options: argparse.Namespace) -> int:
     """Every variant with every seed, then their table and plots."""
-    from ferret_ext.federated import compare
+    from ferret_ext.federated import compare, trackers
     from ferret_ext.federated.console import Lines, show_comparison
 
     variants = options.variants or presets.variants_of(options.preset)
@@ -267,7 +267,9 @@ def run_comparison(options: argparse.Namespace) -> int:
         first = presets.settings_of(options.preset, variant) if options.preset else []
         return [*first, *own, *presets.choice_of(variant)]
 
-    out = Path(configuration.build(settings_of(variants[0])).out).expanduser()
+    first = configuration.build(settings_of(variants[0]))
+    out = Path(first.out).expanduser()
+    trackers.check_installed(first.trackers)
     runs = compare.plan(settings_of, variants, options.seeds, out)
     console = make_console(COMPARISON_WIDTH)
     say = Lines(console).say

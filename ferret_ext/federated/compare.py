@@ -64,7 +64,11 @@ class Run:
         """The settings in which the folder's run differs: key, the folder's value, this run's."""
         saved, wanted = dict(read_yaml(self.folder / "config.yaml")), dict(flatten(asdict(self.config)))
         pairs = ((key, saved.get(key), _plain(value)) for key, value in wanted.items())
-        return [(key, theirs, ours) for key, theirs, ours in pairs if theirs != ours]
+        return [
+            (key, theirs, ours)
+            for key, theirs, ours in pairs
+            if theirs != ours and key not in configuration.FREE_SETTINGS
+        ]
 
 
 def plan(

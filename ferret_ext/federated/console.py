@@ -54,6 +54,8 @@ class Narration(Lines):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if kind is not None:
+            self._folder.stop()
 
     def dealt(self, holdings: Holdings) -> None:
         self._folder.holdings = holdings
@@ -76,8 +78,10 @@ class Narration(Lines):
         self.say(f"round {round_}: what client {rejection.client} sent is rejected: {rejection.reason}")
 
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
-        self._folder.append(metrics, samples)
+        notes = self._folder.append(metrics, samples)
         self.say(_line(metrics, self._rounds))
+        for note in notes:
+            self.say(note)
         if samples:
             self.say(f"round {metrics.round}/{self._rounds}: {describe(metrics.scores, samples)}")
         if self._round is not None:
