@@ -58,7 +58,7 @@ def describe_run(folder: Path) -> Iterator[str]:
     config = dict(read_yaml(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
     rows = _rounds(folder)
     done, planned = (rows[-1]["round"] if rows else 0), config.get("rounds", "?")
-    state = "finished" if (folder / "run.json").exists() else "not finished; --resume goes on"
+    state = "finished" if (folder / "run.json").exists() else "not finished; ferret resume goes on"
     yield f"run {folder}: {done} of {planned} rounds, {state}"
     yield "  " + ", ".join(f"{key}={config[key]}" for key in TOLD if key in config)
     sizes = {

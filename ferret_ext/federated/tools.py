@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ferret_ext.federated.command import UNWELL, Command, make_console, make_parser
+from ferret_ext.federated.command import Command, make_console, make_parser
+from ferret_ext.federated.explain import UNWELL
 from ferret_ext.federated.settings import ConfigError
 
 DOCTOR_EXAMPLES = """examples:
