@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ferret_ext.federated import progress
 from ferret_ext.federated.data.tokens import IGNORED, Example, collate
 
 
@@ -119,6 +120,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        progress.report(name)
         start = _now()
         try:
             yield
@@ -144,7 +146,8 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
     """
     model.eval()
     means = []
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+    for start in progress.each("eval", starts, len(starts)):
         batch = collate(examples[start : start + batch_size], pad_token_id, model.device)
         labels = batch.pop("labels")[:, 1:]
         places = slice(-1 - labels.shape[1], -1)  # from behind, since virtual tokens may stand in front
