@@ -13,7 +13,15 @@ import ferret_ext
 
 ROOT = Path(__file__).parents[1]
 VERSION = ferret_ext.__version__
-BUILD = ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "CHANGELOG.md", "LICENSE")
+BUILD = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "CMakeLists.txt",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+)
 LIBRARIES = {"libferret_ops.so", "libferret_ops_cuda.so"}
 
 
