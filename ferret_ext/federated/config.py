@@ -136,14 +136,29 @@ class FerretConfig:
         "reference-code packed",
         at_least=1,
     )
-    allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = option(
-        "size", "how K is shared out among the blocks; norms are those of the last round"
+    allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"] = option(
+        "size",
+        "how K is shared out among the blocks; norms are those of the last round, and before the "
+        "first one sqrt-size",
     )
     basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
-    coordinates: Literal["float32", "float16", "int8", "int4", "int2", "int1"] = option(
-        "float32", "how a client sends its coordinates; all but float32 have a scale a block beside them"
+    coordinates: Literal[
+        "float32",
+        "float16",
+        "int8",
+        "int4",
+        "int2",
+        "int1",
+        "choice4",
+        "choice8",
+        "choice10",
+        "choice12",
+    ] = option(
+        "float32",
+        "how a client sends its coordinates: intB as levels of B bits; choiceC as the sign and the number, "
+        "in C + 1 bits, of the largest of 2^C candidates, of which 2^C times as many are projected",
     )
     seeds: Literal["per-client", "shared-round"] = option(
         "per-client",
@@ -406,6 +421,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             f"ferret.coordinates: expected float32 where ferret.mode is reference-code, got "
             f"{config.ferret.coordinates}"
+        )
+    if config.ferret.seeds == "shared-round" and config.ferret.coordinates.startswith("choice"):
+        raise ConfigError(
+            "ferret.coordinates: expected floats or levels where ferret.seeds is shared-round, since clients "
+            f"would choose different columns, got {config.ferret.coordinates}"
         )
     if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
         raise ConfigError(
