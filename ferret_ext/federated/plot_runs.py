@@ -156,7 +156,13 @@ def draw_coordinates(axes: Axes, plans: Sequence[BlockPlan], label: str, longest
     )
     if first != last:
         axes.plot(
-            first, places, "|", color=COLOURS[1], markersize=9, markeredgewidth=2.2, label="round 1, by size"
+            first,
+            places,
+            "|",
+            color=COLOURS[1],
+            markersize=9,
+            markeredgewidth=2.2,
+            label="round 1, by sqrt-size",
         )
         axes.legend(frameon=False, loc="lower right")
     if len(last) <= MOST_NAMES:
