@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,8 +33,8 @@ from ferret_ext import BlockPlan, Packing
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import coordinates, models, presets
 from ferret_ext.federated.client import LocalTrainer
-from ferret_ext.federated.config import SimulationConfig
-from ferret_ext.federated.coordinates import PACKINGS, Coordinates
+from ferret_ext.federated.config import Coordinates, SimulationConfig
+from ferret_ext.federated.coordinates import PACKINGS
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.engines.in_process import simulate
@@ -97,7 +97,7 @@ def frontier(options: argparse.Namespace) -> list[dict[str, Any]]:
             **{str(seed): run(options, form, seed) for seed in missing if wanted},
         }
         if runs:
-            rows.append({"name": name, **({} if form is None else vars(form)), "runs": runs})
+            rows.append({**({} if form is None else vars(form)), "name": name, "runs": runs})
             write(
                 options.json,
                 rows + [row for key, row in found.items() if key not in {r["name"] for r in rows}],
@@ -148,7 +148,7 @@ def config_of(
     return configuration.build([*presets.settings_of(options.preset, variant), *where, *more, *given])
 
 
-def shares(row: dict[str, Any], fedavg: dict[str, Any]) -> list[float]:
+def shares(row: Mapping[str, Any], fedavg: Mapping[str, Any]) -> list[float]:
     """The share of FedAvg's loss reduction that each seed reaches."""
     result = []
     for seed, one in row["runs"].items():

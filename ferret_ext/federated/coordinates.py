@@ -13,7 +13,7 @@ scale.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,9 @@ from torch import Tensor
 
 import ferret_ext
 from ferret_ext import BlockPlan, Packed, Packing
+from ferret_ext.federated.config import Coordinates
 from ferret_ext.federated.wire import Message, Value, WireError
 
-Coordinates = Literal[
-    "float32", "float16", "int8", "int4", "int2", "int1", "choice4", "choice8", "choice10", "choice12"
-]
 KINDS: tuple[Coordinates, ...] = get_args(Coordinates)
 PACKINGS: dict[str, Packing] = {
     **{f"int{bits}": Packing(bits) for bits in (8, 4, 2, 1)},

@@ -110,7 +110,7 @@ def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None) -> int
         first: dict[str, Any] = {"contract": stream_contract(config.ferret.chosen_basis), "seed": LARGE}
         if algorithm == FerretReference.name:
             return _size(algorithm, {**first, "counts": (4, len(plan.blocks)), "gammas": (4, plan.K)})
-        return _size(algorithm, {**first, **coordinates.blank(plan, config.ferret.coordinates)})
+        return _size(algorithm, {**first, **coordinates.blank(plan, config.ferret.chosen_coordinates)})
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
         steps, directions = given(chosen.steps), given(chosen.perturbations)

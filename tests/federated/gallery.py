@@ -17,8 +17,7 @@ from ferret_ext.federated.algorithms.base import Algorithm, pack
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
-from ferret_ext.federated.config import FerretConfig, ZerothOrderConfig
-from ferret_ext.federated.coordinates import Coordinates
+from ferret_ext.federated.config import Coordinates, FerretConfig, ZerothOrderConfig
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import Message
 from ferret_ext.federated.zeroth_order import with_published
@@ -84,7 +83,7 @@ def values_of(server: Server[Any], client: int) -> dict[str, wire.Value]:
     seed = 2**64 - 1 - client - CLIENTS * replica.round
     if name in FERRETS:
         chosen = replica.next_seed if name == "ferret-round" else seed
-        kind = server.algorithm.config.coordinates
+        kind = server.algorithm.config.chosen_coordinates
         gammas = eighths(coordinates.candidates(replica.plan, kind).K, client)
         written = coordinates.write(torch.from_numpy(gammas), replica.plan, kind)
         return {"contract": 0x10001, "seed": chosen, **written}

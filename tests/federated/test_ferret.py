@@ -35,7 +35,7 @@ VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho
 
 
 def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    config = FerretConfig(**{"K": 40, **settings})
+    config = FerretConfig(**{"K": 40, "coordinates": "float32", "allocation": "size", **settings})
     shared = config.seeds == "shared-round"
     algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
     return federate(algorithm, model, verify_weights=verify_weights)
@@ -240,7 +240,7 @@ def test_too_few_coordinates_are_a_config_error() -> None:
 
 
 def test_server_draws_the_fraction_of_the_clients() -> None:
-    algorithm = Ferret(FerretConfig(K=40), STEP, train)
+    algorithm = Ferret(FerretConfig(K=40, coordinates="float32"), STEP, train)
     server = Server(algorithm, toy(), range(40), 0.1, seed=3)
     drawn = [server.choose(round_) for round_ in range(1, 200)]
     assert all(len(clients) == 4 == len(set(clients)) for clients in drawn)

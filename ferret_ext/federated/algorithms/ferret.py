@@ -78,7 +78,7 @@ class Projecting(Algorithm[P]):
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
 
     def check_values(self, replica: P, update: Message) -> None:
-        update.only("contract", "seed", *coordinates.names(self.config.coordinates))
+        update.only("contract", "seed", *coordinates.names(self.config.chosen_coordinates))
         check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
         update.seed("seed")
         self.gammas(replica, update)
@@ -89,7 +89,7 @@ class Projecting(Algorithm[P]):
 
     def gammas(self, replica: P, update: Message) -> Tensor | Packed:
         """An update's coordinates. Raises WireError."""
-        return coordinates.read(update, replica.plan, self.config.coordinates)
+        return coordinates.read(update, replica.plan, self.config.chosen_coordinates)
 
     def floats(self, replica: P, update: Message) -> coordinates.Floats:
         """An update's coordinates float32 [K]."""
@@ -108,7 +108,7 @@ class Projecting(Algorithm[P]):
         with watch("local"):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         with watch("project"):
-            plan, kind = replica.plan, self.config.coordinates
+            plan, kind = replica.plan, self.config.chosen_coordinates
             gammas = ferret_ext.project_difference(
                 coordinates.candidates(plan, kind),
                 replica.start,
@@ -266,7 +266,7 @@ def first_plan(config: FerretConfig, model: Any) -> ferret_ext.BlockPlan:
     allocation = "sqrt-size" if config.allocation in BY_NORM else config.allocation
     plan = make_plan(model, config.K, config.chosen_granularity, allocation)
     try:
-        coordinates.candidates(plan, config.coordinates)
+        coordinates.candidates(plan, config.chosen_coordinates)
     except ValueError as error:
         raise ConfigError(f"ferret.coordinates: {error}; lower ferret.K") from None
     return plan
