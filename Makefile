@@ -16,9 +16,9 @@ bin := $(abspath $(VENV))/bin
 cuda_bin := $(abspath $(CUDA_VENV))/bin
 native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp benchmarks/micro/*.cu)
-python := ferret_ext tests benchmarks python_examples csrc setup.py
+python := ferret_ext tests benchmarks python_examples csrc docs setup.py
 
-.PHONY: help demo test test-all cpp-test arm-test fuzz lint format cuda-build clean
+.PHONY: help demo test test-all cpp-test arm-test fuzz lint format cuda-build docs package clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -77,6 +77,21 @@ cuda-build: $(CUDA_VENV)/torch
 		$(foreach arch,80 90a 120,-gencode=arch=compute_$(arch)$(comma)code=sm_$(arch))
 	cp build/*-$(subst ==,-,$(CUDA_TORCH))*/kernel_resources.txt build/kernel_resources.txt
 	cat build/kernel_resources.txt
+
+# make docs       the documentation as a site, build/site; every link in it is checked
+docs: $(VENV)/package
+	$(bin)/$(pip_install) --no-build-isolation -e ".[docs]"
+	$(bin)/mkdocs build --strict
+
+# make package    sdist and wheel in dist/; the wheel, built from the sdist, is installed into an environment of its own
+package: $(VENV)/package
+	rm -rf dist build/package
+	$(bin)/$(pip_install) build
+	FERRET_CUDA=OFF CMAKE_ARGS=-DFERRET_WERROR=ON $(bin)/python -m build --no-isolation
+	$(bin)/pytest tests/test_dist.py
+	$(PYTHON) -m venv build/package
+	build/package/bin/$(pip_install) --no-compile $(TORCH) dist/*.whl
+	cd build/package && bin/ferret doctor && bin/python -c "import ferret_ext; print(ferret_ext.__file__, ferret_ext.__version__)"
 
 # make clean      removes what make made, but runs/
 clean:

@@ -8,26 +8,29 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ferret_ext import __version__
+from ferret_ext.federated import completion, presets, tools
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated import presets, tools
-from ferret_ext.federated.command import INTERRUPTED, REFUSED, Command, make_console, make_parser
-from ferret_ext.federated.data.errors import DataError
+from ferret_ext.federated.command import Command, make_console, make_parser
+from ferret_ext.federated.explain import REFUSED, STATUSES, explain
 from ferret_ext.federated.presets import PRESETS
 from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, read_override, read_yaml
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
-LESS_MEMORY = (
-    "less is needed with a smaller training.per_device_train_batch_size or dataset.max_length, with "
-    "training.gradient_checkpointing=true, or with dtype=bfloat16"
-)
 COMPARISON_WIDTH = 160  # of a table where the output is no terminal
 
+EXAMPLES = """examples:
+  ferret doctor                                        # is this machine fit for it?
+  ferret simulate --preset demo --out runs/demo        # a first run, half a minute
+  ferret resume runs/demo                              # goes on with a run that was interrupted
+  ferret report runs/demo                              # one page about it
+"""
 SIMULATE_EXAMPLES = """examples:
   ferret simulate --preset demo --out runs/demo
   ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/gsm8k rounds=20 ferret.K=8192
   ferret simulate --config run.yaml --out runs/second training.learning_rate=0.05
-  ferret simulate --out runs/gsm8k --resume
   ferret simulate --preset paper/gsm8k-7b --dry-run
+"""
+RESUME_EXAMPLES = """examples:
+  ferret resume runs/gsm8k
 """
 EVAL_EXAMPLES = """examples:
   ferret eval runs/gsm8k/model gsm8k/ evaluation.scores=gsm8k-exact-match,rouge-l
@@ -44,42 +47,34 @@ COMPARE_EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 of a doctor with bad news, 2 for what the user can put right, 130 when
-    interrupted.
-    """
+    """Runs the command; returns its exit status, see `explain.STATUSES`."""
+    width = max(map(len, COMMANDS))
+    table = "".join(f"  {name:{width}}  {command.summary}\n" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="ferret", description="Federated full-parameter tuning with kilobytes."
+        prog="ferret",
+        usage="ferret [--help] [--version] COMMAND ..",
+        description="Federated full-parameter tuning with kilobytes.",
+        epilog=f"commands, each with a --help of its own:\n{table}\n{EXAMPLES}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ferret {__version__}")
-    summaries = "; ".join(f"{name}: {command.summary}" for name, command in COMMANDS.items())
-    parser.add_argument("command", choices=list(COMMANDS), help=summaries)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see ferret COMMAND --help")
+    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     command = COMMANDS[chosen.command]
     options = command.parser().parse_intermixed_args(chosen.arguments)
-    from ferret_ext.federated.client import DivergedError  # brings torch, which --help can do without
-    from ferret_ext.federated.errors import RunError
-
     try:
         return command.run(options)
-    except (ConfigError, DataError, DivergedError, RunError) as error:
-        print(f"ferret {chosen.command}: error: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print(f"ferret {chosen.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+    except (Exception, KeyboardInterrupt) as error:
+        if options.debug:
             raise
-        reason = str(error).partition("\n")[0][:200] or "out of memory"
-        print(f"ferret {chosen.command}: error: {reason}; {LESS_MEMORY}", file=sys.stderr)
-        return REFUSED
+        return explain(chosen.command, error)
 
 
 def simulate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "simulate",
-        "Federated rounds in this process. A run that was interrupted, or killed, goes on with --resume.",
+        "Federated rounds in this process. A run that was interrupted or killed goes on with ferret resume.",
         SIMULATE_EXAMPLES,
     )
     parser.add_argument(
@@ -89,6 +84,17 @@ def simulate_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print plan, memory and traffic; no weights or data are loaded"
     )
     _add_settings(parser, list(configuration.leaves()))
+    return parser
+
+
+def resume_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "resume",
+        "Goes on with a run that was interrupted or killed, with the settings in its folder, to the same "
+        "bits as if it had not been. A comparison goes on when its command is repeated.",
+        RESUME_EXAMPLES,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of the run")
     return parser
 
 
@@ -222,7 +228,8 @@ def run_simulation(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if folder.begun:
             print(
-                f"ferret simulate: {folder.metrics} holds the rounds so far; --resume goes on from there",
+                f"ferret simulate: {folder.metrics} holds the rounds so far; ferret resume {folder.path} "
+                "goes on from there",
                 file=sys.stderr,
             )
         raise
@@ -230,6 +237,15 @@ def run_simulation(options: argparse.Namespace) -> int:
     show_table(console, result.history)
     console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def run_resumption(options: argparse.Namespace) -> int:
+    """The rest of a run."""
+    saved = options.folder / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"folder: expected one of a run, with config.yaml, got {str(options.folder)!r}")
+    arguments = ["--config", str(saved), "--out", str(options.folder), "--resume"]
+    return run_simulation(simulate_parser().parse_args(arguments))
 
 
 def _dry_run(options: argparse.Namespace) -> int:
@@ -255,7 +271,7 @@ def _with_saved(options: argparse.Namespace, settings: list[Setting]) -> list[Se
 
 def run_comparison(options: argparse.Namespace) -> int:
     """Every variant with every seed, then their table and plots."""
-    from ferret_ext.federated import compare
+    from ferret_ext.federated import compare, trackers
     from ferret_ext.federated.console import Lines, show_comparison
 
     variants = options.variants or presets.variants_of(options.preset)
@@ -267,7 +283,9 @@ def run_comparison(options: argparse.Namespace) -> int:
         first = presets.settings_of(options.preset, variant) if options.preset else []
         return [*first, *own, *presets.choice_of(variant)]
 
-    out = Path(configuration.build(settings_of(variants[0])).out).expanduser()
+    first = configuration.build(settings_of(variants[0]))
+    out = Path(first.out).expanduser()
+    trackers.check_installed(first.trackers)
     runs = compare.plan(settings_of, variants, options.seeds, out)
     console = make_console(COMPARISON_WIDTH)
     say = Lines(console).say
@@ -329,8 +347,10 @@ def run_replay(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "simulate": Command("run all clients in this process", simulate_parser, run_simulation),
+    "resume": Command("go on with a run that was interrupted", resume_parser, run_resumption),
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
     **tools.COMMANDS,
 }
+COMMANDS["completion"] = completion.command(COMMANDS)

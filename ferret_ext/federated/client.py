@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ferret_ext.federated import progress
 from ferret_ext.federated.config import TrainingConfig
 from ferret_ext.federated.data.tokens import Example, collate
 from ferret_ext.federated.settings import ConfigError
@@ -56,9 +57,10 @@ class LocalTrainer:
         _prepare(model, self.config)
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
+            batches_of = steps(len(examples), self.config, seed)
             losses = [
                 self._step(model, params, optimizer, [[examples[i] for i in batch] for batch in batches])
-                for batches in steps(len(examples), self.config, seed)
+                for batches in progress.each("local", batches_of, count_steps(len(examples), self.config))
             ]
         optimizer.zero_grad(set_to_none=True)
         if not all(param.isfinite().all() for param in params):
@@ -112,14 +114,21 @@ def steps(num_examples: int, config: TrainingConfig, seed: int) -> Iterator[list
     step has the batches that are left.
     """
     size, group = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if config.num_train_epochs is None:
-        batches, count = endless_batches(num_examples, size, seed), config.max_steps * group
-    else:
-        count = math.ceil(config.num_train_epochs * math.ceil(num_examples / size))
-        batches = passes(num_examples, size, seed)
-    batches = islice(batches, count)
+    drawn = endless_batches if config.num_train_epochs is None else passes
+    batches = islice(drawn(num_examples, size, seed), _count_batches(num_examples, config))
     while step := list(islice(batches, group)):
         yield step
+
+
+def count_steps(num_examples: int, config: TrainingConfig) -> int:
+    """How many `steps` there are."""
+    return math.ceil(_count_batches(num_examples, config) / config.gradient_accumulation_steps)
+
+
+def _count_batches(num_examples: int, config: TrainingConfig) -> int:
+    if config.num_train_epochs is None:
+        return config.max_steps * config.gradient_accumulation_steps
+    return math.ceil(config.num_train_epochs * math.ceil(num_examples / config.per_device_train_batch_size))
 
 
 def endless_batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from ferret_ext.federated import config as configuration
+from ferret_ext.federated import page
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.journal import HEAD
 from ferret_ext.federated.plot_comparison import save_comparison_plot
@@ -63,7 +64,11 @@ class Run:
         """The settings in which the folder's run differs: key, the folder's value, this run's."""
         saved, wanted = dict(read_yaml(self.folder / "config.yaml")), dict(flatten(asdict(self.config)))
         pairs = ((key, saved.get(key), _plain(value)) for key, value in wanted.items())
-        return [(key, theirs, ours) for key, theirs, ours in pairs if theirs != ours]
+        return [
+            (key, theirs, ours)
+            for key, theirs, ours in pairs
+            if theirs != ours and key not in configuration.FREE_SETTINGS
+        ]
 
 
 def plan(
@@ -147,11 +152,12 @@ def default_target(runs: Sequence[dict[str, Any]]) -> float:
 
 
 def write(runs: Sequence[dict[str, Any]], rows: Sequence[Row], target: float, folder: Path) -> None:
-    """comparison.json with every round, comparison.md with the table, and the plots."""
+    """comparison.json with every round, comparison.md with the table, the plots, and the page."""
     content = {"target_loss": target, "rows": [asdict(row) for row in rows], "runs": runs}
     (folder / COMPARISON).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
     (folder / "comparison.md").write_text(markdown(rows, target), "utf-8")
     save_comparison_plot(runs, folder)
+    page.write(folder)
 
 
 def markdown(rows: Sequence[Row], target: float) -> str:

@@ -18,7 +18,11 @@ from ferret_ext.federated.data.sources import EVAL_SPLIT
 from ferret_ext.federated.settings import ConfigError, Leaf, Setting, option
 
 LARGEST_DECAY = 0.999999  # optimisers want less than 1
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 ScoreName = Literal["rouge-l", "rougeL", "rougeL-stem", "gsm8k-exact-match"]
+
+# Settings that a run does not depend on: it goes on with others.
+FREE_SETTINGS = ("out", "trackers")
 
 # What an evaluation depends on: names of settings and sections.
 EVALUATION_SETTINGS = (
@@ -323,6 +327,9 @@ class SimulationConfig:
         "builtin:NAME",
     )
     out: str = option("", "folder for the run's results")
+    trackers: tuple[TrackerName, ...] = option(
+        (), "where each round's numbers go beside metrics.jsonl; each is an extra of the same name"
+    )
     algorithm: Literal[
         "ferret",
         "fedavg",

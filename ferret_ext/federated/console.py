@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
+from ferret_ext.federated import progress
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.evaluation import Evaluation, Sample, describe
 from ferret_ext.federated.metrics import Rejection, RoundMetrics
@@ -26,8 +37,18 @@ class Lines:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class Count(ProgressColumn):
+    """How many of how many, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}", justify="right")
+
+
 class Narration(Lines):
-    """Shows a run as it goes by, and keeps its metrics in the run's folder. A context manager."""
+    """Shows a run as it goes by, and keeps its metrics in the run's folder. A context manager.
+
+    On a terminal three bars stand below the lines: rounds, a round's clients, and what is done right now.
+    """
 
     def __init__(self, console: Console, folder: RunFolder, rounds: int) -> None:
         super().__init__(console)
@@ -36,38 +57,50 @@ class Narration(Lines):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            Count(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left {task.fields[note]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
+            speed_estimate_period=3600.0,  # a round may take minutes
         )
-        self._round: TaskID | None = None
-        self._clients: TaskID | None = None
+        self._round = self._progress.add_task("rounds", total=rounds, visible=False, note="")
+        self._clients = self._progress.add_task("clients", total=None, visible=False, note="")
+        self._phase = self._progress.add_task("loading", total=None, note="")
+        self._heard: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Narration:
         self._progress.start()
+        if not self._progress.disable:
+            self._heard = progress.heard_by(self._doing)
+        self._heard.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._heard.__exit__(kind, error, trace)
         self._progress.stop()
+        if kind is not None:
+            self._folder.stop()
+
+    def _doing(self, what: str, done: int, total: int) -> None:
+        if done == 0:
+            self._progress.reset(self._phase, description=what, total=total or None, visible=True)
+        else:
+            self._progress.update(self._phase, completed=done, total=total)
 
     def dealt(self, holdings: Holdings) -> None:
         self._folder.holdings = holdings
 
     def round_begins(self, round_: int, clients: list[int]) -> None:
-        if self._round is None:
-            self._round = self._progress.add_task("rounds ", total=self._rounds, note="")
-        if self._clients is not None:
-            self._progress.remove_task(self._clients)
-        self._clients = self._progress.add_task("clients", total=len(clients), note=f"of round {round_}")
+        self._progress.update(self._round, completed=round_ - 1, visible=True)
+        self._progress.reset(self._clients, total=len(clients), visible=True, note=f"of round {round_}")
 
     def client_done(self, round_: int, client: int) -> None:
-        if self._clients is not None:
-            self._progress.advance(self._clients)
+        self._progress.advance(self._clients)
 
     def client_left_out(self, round_: int, client: int, reason: str) -> None:
         self.say(f"round {round_}: client {client} is left out: {reason}")
@@ -76,12 +109,13 @@ class Narration(Lines):
         self.say(f"round {round_}: what client {rejection.client} sent is rejected: {rejection.reason}")
 
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
-        self._folder.append(metrics, samples)
+        notes = self._folder.append(metrics, samples)
         self.say(_line(metrics, self._rounds))
+        for note in notes:
+            self.say(note)
         if samples:
             self.say(f"round {metrics.round}/{self._rounds}: {describe(metrics.scores, samples)}")
-        if self._round is not None:
-            self._progress.update(self._round, advance=1, note=f"evaluation loss {metrics.eval_loss:.4f}")
+        self._progress.update(self._round, completed=metrics.round)
 
 
 def show_table(console: Console, history: Sequence[RoundMetrics]) -> None:

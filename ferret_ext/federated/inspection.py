@@ -58,7 +58,7 @@ def describe_run(folder: Path) -> Iterator[str]:
     config = dict(read_yaml(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
     rows = _rounds(folder)
     done, planned = (rows[-1]["round"] if rows else 0), config.get("rounds", "?")
-    state = "finished" if (folder / "run.json").exists() else "not finished; --resume goes on"
+    state = "finished" if (folder / "run.json").exists() else "not finished; ferret resume goes on"
     yield f"run {folder}: {done} of {planned} rounds, {state}"
     yield "  " + ", ".join(f"{key}={config[key]}" for key in TOLD if key in config)
     sizes = {
@@ -113,7 +113,7 @@ def describe_message(path: Path) -> Iterator[str]:
         f"{len(data):,} bytes, wire format {wire.VERSION}"
     )
     yield f"  run {message.run.hex()}, model or plan {message.digest.hex()}, weights {message.weights.hex()}"
-    yield from (f"  {name}: {_in_words(value)}" for name, value in message.values.items())
+    yield from (f"  {name}: {value_in_words(value)}" for name, value in message.values.items())
 
 
 def describe_plan(path: Path) -> Iterator[str]:
@@ -156,7 +156,8 @@ def _rejections(record: Message) -> list[str]:
     return [f"  round {record.round}: client {it.client} was rejected: {it.reason}" for it in rejected]
 
 
-def _in_words(value: wire.Value) -> str:
+def value_in_words(value: wire.Value) -> str:
+    """A value of a message: its kind, size and range."""
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     if isinstance(value, list):

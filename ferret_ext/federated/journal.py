@@ -232,5 +232,5 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise LedgerError(
-            f"ledger: {folder} cannot be written: {error}; the rounds before are safe, --resume goes on"
+            f"ledger: {folder} cannot be written: {error}; the rounds before are safe, ferret resume goes on"
         ) from None

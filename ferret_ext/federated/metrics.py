@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ferret_ext.federated import progress
 from ferret_ext.federated.data.tokens import IGNORED, Example, collate
 
 
@@ -102,7 +103,13 @@ class RoundMetrics:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> RoundMetrics:
         """The metrics in a line of metrics.jsonl; KeyError or TypeError if it has something else."""
-        return cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
+        metrics = cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
+        told = {**vars(metrics), "train_loss": metrics.train_loss or 0.0}
+        people = [*told.pop("clients"), *told.pop("left_out"), *(it.client for it in told.pop("rejected"))]
+        scores = told.pop("scores").values()
+        if any(not isinstance(number, (int, float)) for number in (*people, *scores, *told.values())):
+            raise TypeError("expected numbers in a line of metrics.jsonl")
+        return metrics
 
 
 class Stopwatch:
@@ -113,6 +120,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        progress.report(name)
         start = _now()
         try:
             yield
@@ -138,7 +146,8 @@ def evaluation_loss(model: Any, examples: Sequence[Example], batch_size: int, pa
     """
     model.eval()
     means = []
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+    for start in progress.each("eval", starts, len(starts)):
         batch = collate(examples[start : start + batch_size], pad_token_id, model.device)
         labels = batch.pop("labels")[:, 1:]
         places = slice(-1 - labels.shape[1], -1)  # from behind, since virtual tokens may stand in front

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,36 +13,78 @@ from ferret_ext.federated.metrics import RoundMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, LOSS, UP, DOWN, WHOLE = "#333333", "#1f6f8b", "#d9822b", "#7a9e3a", "#9a9a9a"
+INK, GRID = "#333333", "#dddddd"
+LOSS, UP, DOWN, WHOLE = "#1f6f8b", "#d9822b", "#7a9e3a", "#9a9a9a"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "ferret",
 }
 
 
-def save_plot(history: Sequence[RoundMetrics], folder: Path) -> None:
-    """Writes plot.png and plot.svg."""
+Size = tuple[float, float]  # width and height in inches
+Draw = Callable[["Figure"], object]
+
+
+@contextmanager
+def _drawn(draw: Draw, size: Size, **style: object) -> Iterator[Figure]:
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)
+    with rc_context(STYLE | style):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        yield figure
+
+
+def plain(text: str) -> str:
+    """The text as it is, without what matplotlib reads as a formula or as a hidden label."""
+    shown = text.replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
+
+
+def single(draw: Callable[..., None], *arguments: Any) -> Draw:
+    """A picture of one pair of axes, which `draw(axes, *arguments)` fills."""
+    return lambda figure: draw(figure.subplots(), *arguments)
+
+
+def save(draw: Draw, size: Size, folder: Path, name: str) -> None:
+    """Writes NAME.png and NAME.svg."""
+    with _drawn(draw, size) as figure:
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def inline_svg(draw: Draw, size: Size, prefix: str) -> str:
+    """The picture as an <svg> for a page, in the page's own colour of text and, for the grid, --line.
+
+    prefix: before all ids, so that no two pictures of a page share one.
+    """
+    text = io.StringIO()
+    with _drawn(draw, size, **{"svg.fonttype": "none", "font.family": "sans-serif"}) as figure:
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    _, opening, rest = text.getvalue().partition("<svg ")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", opening + rest, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    return svg.replace(INK, "currentColor").replace(GRID, "var(--line)")
+
+
+def save_plot(history: Sequence[RoundMetrics], folder: Path) -> None:
+    """Writes plot.png and plot.svg."""
+
+    def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        _draw_loss(left, history)
-        _draw_bytes(right, history)
-        figure.savefig(folder / "plot.png", dpi=150)
-        figure.savefig(folder / "plot.svg", metadata={"Date": None})
+        draw_loss(left, history)
+        draw_bytes(right, history)
+
+    save(draw, (9, 3.8), folder, "plot")
 
 
-def _draw_loss(axes: Axes, history: Sequence[RoundMetrics]) -> None:
+def draw_loss(axes: Axes, history: Sequence[RoundMetrics]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rounds = [metrics.round for metrics in history]
@@ -57,10 +102,10 @@ def _draw_loss(axes: Axes, history: Sequence[RoundMetrics]) -> None:
     axes.set(title="Evaluation loss", xlabel="round", ylabel="nats a response token")
     axes.margins(x=0.08, y=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
 
 
-def _draw_bytes(axes: Axes, history: Sequence[RoundMetrics]) -> None:
+def draw_bytes(axes: Axes, history: Sequence[RoundMetrics]) -> None:
     """Mean bytes that a client sent and received in a round, on a logarithmic axis."""
     turns = sum(len(metrics.clients) for metrics in history) or 1
     bars = {

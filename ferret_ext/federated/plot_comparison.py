@@ -7,10 +7,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ferret_ext.federated.plot import STYLE
+from ferret_ext.federated.plot import GRID, plain, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#1f6f8b", "#d9822b", "#7a9e3a", "#8e4585", "#c0392b", "#555555")
 DASHES = ("-", "--", ":")  # with the colours, for up to 18 variants
@@ -36,25 +37,38 @@ AXES: tuple[tuple[str, Along, bool], ...] = (
 
 def save_comparison_plot(runs: Sequence[dict[str, Any]], folder: Path, name: str = "comparison") -> None:
     """Writes NAME.png and NAME.svg."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(13, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 3, sharey=True)
-        for panel, (label, along, logarithmic) in zip(panels, AXES, strict=True):
-            _draw(panel, runs, along, first=1 if logarithmic else 0)
-            panel.set(xlabel=label)
-            if logarithmic:
-                panel.set_xscale("log")
-            panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        for index, panel in enumerate(panels):
+            draw_panel(panel, runs, index)
         panels[0].set(ylabel="evaluation loss, nats a response token")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False)
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+    save(draw, (13, 4.6), folder, name)
+
+
+def draw_panel(panel: Axes, runs: Sequence[dict[str, Any]], index: int) -> None:
+    """The loss of all variants along one of AXES."""
+    from matplotlib.ticker import MaxNLocator
+
+    label, along, logarithmic = AXES[index]
+    _draw(panel, runs, along, first=1 if logarithmic else 0)
+    panel.set(xlabel=label)
+    if logarithmic:
+        panel.set_xscale("log")
+    elif index == 0:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(axis="y", color=GRID, linewidth=0.6)
+
+
+def draw_panel_alone(panel: Axes, runs: Sequence[dict[str, Any]], index: int) -> None:
+    """The same as a picture of its own, with names below."""
+    draw_panel(panel, runs, index)
+    panel.set(ylabel="evaluation loss, nats a response token")
+    handles, labels = panel.get_legend_handles_labels()
+    panel.figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
 def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along, first: int) -> None:
@@ -69,5 +83,5 @@ def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along, first: int)
         colour = COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         mean = [sum(of_round) / len(of_round) for of_round in losses]
-        panel.plot(x, mean, color=colour, linestyle=dash, linewidth=1.8, label=variant)
+        panel.plot(x, mean, color=colour, linestyle=dash, linewidth=1.8, label=plain(variant))
         panel.fill_between(x, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15)

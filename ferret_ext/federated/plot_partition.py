@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ferret_ext.federated.data.holdings import Holdings
-from ferret_ext.federated.plot import STYLE
+from ferret_ext.federated.plot import GRID, plain, save, single
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,22 +31,23 @@ LONG = 44  # characters of a name that are shown
 
 def save_partition_plot(holdings: Holdings, folder: Path) -> None:
     """Writes partition.png and partition.svg: a bar a client, with names where each client has one."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    save(single(draw_partition, holdings), (9, height(holdings)), folder, "partition")
 
-    named = holdings.names is not None and len(holdings.names) <= NAMED
-    height = max(2.2, 0.9 + 0.19 * len(holdings.sizes)) if named else 3.8
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        if named:
-            _draw_names(axes, holdings)
-        else:
-            _draw_stacks(axes, holdings)
-        figure.savefig(folder / "partition.png", dpi=150)
-        figure.savefig(folder / "partition.svg", metadata={"Date": None})
+
+def height(holdings: Holdings) -> float:
+    """Inches that the picture needs."""
+    return max(2.2, 0.9 + 0.19 * len(holdings.sizes)) if _named(holdings) else 3.8
+
+
+def draw_partition(axes: Axes, holdings: Holdings) -> None:
+    if _named(holdings):
+        _draw_names(axes, holdings)
+    else:
+        _draw_stacks(axes, holdings)
+
+
+def _named(holdings: Holdings) -> bool:
+    return holdings.names is not None and len(holdings.names) <= NAMED
 
 
 def _draw_names(axes: Axes, holdings: Holdings) -> None:
@@ -57,7 +58,9 @@ def _draw_names(axes: Axes, holdings: Holdings) -> None:
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.margins(x=0.08)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set(title=_title(holdings), xlabel="training examples", ylabel=f"{holdings.column} (client)")
+    axes.set(
+        title=_title(holdings), xlabel="training examples", ylabel=f"{_short(holdings.column or '')} (client)"
+    )
 
 
 def _draw_stacks(axes: Axes, holdings: Holdings) -> None:
@@ -75,13 +78,17 @@ def _draw_stacks(axes: Axes, holdings: Holdings) -> None:
         bottom = [below + piece for below, piece in zip(bottom, pieces, strict=True)]
     if len(layers) > 1:
         axes.figure.legend(
-            loc="outside right upper", frameon=False, fontsize=8, title=holdings.column, reverse=True
+            loc="outside right upper",
+            frameon=False,
+            fontsize=8,
+            title=_short(holdings.column or ""),
+            reverse=True,
         )
     axes.set_xlim(-0.6, number - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     client = "clients, the largest first" if many else "client"
     axes.set(title=_title(holdings), xlabel=client, ylabel="training examples")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
@@ -102,12 +109,11 @@ def _layers(holdings: Holdings) -> list[tuple[str, str, list[int]]]:
 
 
 def _title(holdings: Holdings) -> str:
-    by = f" by {holdings.column}" if holdings.keys else ""
+    by = f" by {_short(holdings.column or '')}" if holdings.keys else ""
     number = len(holdings.sizes)
     return f"Who holds what: {holdings.kind}{by}, {number:,} client{'s' if number > 1 else ''}"
 
 
 def _short(name: str) -> str:
-    """The name, not too long, and without what matplotlib reads as a formula or as a hidden label."""
-    shown = (name if len(name) <= LONG else f"{name[: LONG - 1]}…").replace("$", r"\$")
-    return f"\u200b{shown}" if shown.startswith("_") else shown
+    """The name, not too long."""
+    return plain(name if len(name) <= LONG else f"{name[: LONG - 1]}…")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,7 @@ from ferret_ext.federated import algorithms, journal, ledger, models, wire
 from ferret_ext.federated.algorithms.ferret import Projecting
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig, build
-from ferret_ext.federated.plot import LOSS, STYLE, WHOLE
+from ferret_ext.federated.plot import LOSS, WHOLE, plain, save, single
 from ferret_ext.federated.plot_comparison import COLOURS, save_comparison_plot
 from ferret_ext.federated.settings import ConfigError, read_yaml
 from ferret_ext.plan import BlockPlan
@@ -37,17 +37,18 @@ class Run:
 
 def save_plots(folders: Sequence[Path], out: Path) -> list[str]:
     """Writes the pictures, each as .png and .svg; their names. Raises ConfigError, LedgerError."""
-    runs = [_read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
+    runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         data = [{"variant": run.label, "rounds": run.rounds} for run in runs]
         save_comparison_plot(data, out, "loss")
-        _save(out, "time", (9, 1.6 + 0.5 * len(runs)), lambda axes: _draw_time(axes, runs))
+        save(single(draw_time, runs), (9, 1.6 + 0.5 * len(runs)), out, "time")
         names = ["loss", "time"]
         for index, run in enumerate(runs):
             if plans := plans_of(run):
                 names.append("coordinates" if len(runs) == 1 else f"coordinates-{index + 1}")
-                _save_coordinates(out, names[-1], run.label, plans)
+                size = (9, coordinates_height(plans))
+                save(single(draw_coordinates, plans, run.label), size, out, names[-1])
     except OSError as error:
         raise ConfigError(f"out: expected a folder that can be written, got {str(out)!r}: {error}") from None
     return names
@@ -90,7 +91,7 @@ def plans_of(run: Run) -> list[BlockPlan]:
     return plans[:-1]  # the last is of a round to come
 
 
-def _read(folder: Path, label: str) -> Run:
+def read_run(folder: Path, label: str) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"runs: expected a run's folder with metrics.jsonl, got {str(folder)!r}")
@@ -103,25 +104,12 @@ def _read(folder: Path, label: str) -> Run:
     return Run(folder, label, build(read_yaml(folder / "config.yaml"), required=()), rounds)
 
 
-def _save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> None:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.subplots())
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-
-
-def _draw_time(axes: Axes, runs: Sequence[Run]) -> None:
+def draw_time(axes: Axes, runs: Sequence[Run]) -> None:
     """A bar a run: seconds of a round on average, all clients together, by phase."""
     means = {
         phase: [fmean(row[f"seconds_{phase}"] for row in run.rounds[1:]) for run in runs] for phase in PHASES
     }
-    names, starts = [run.label for run in runs], [0.0] * len(runs)
+    names, starts = [plain(run.label) for run in runs], [0.0] * len(runs)
     for (phase, widths), colour in zip(means.items(), COLOURS, strict=True):
         if max(widths) > 0:
             shown = f"{phase} {widths[0]:.3g} s" if len(runs) == 1 else phase
@@ -138,14 +126,29 @@ def _draw_time(axes: Axes, runs: Sequence[Run]) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _save_coordinates(folder: Path, name: str, label: str, plans: Sequence[BlockPlan]) -> None:
+def draw_phases(axes: Axes, run: Run) -> None:
+    """A bar a phase: seconds of a round on average, all clients together."""
+    means = {phase: fmean(row[f"seconds_{phase}"] for row in run.rounds[1:]) for phase in PHASES}
+    shown = {phase: mean for phase, mean in means.items() if mean > 0}
+    drawn = axes.barh(list(shown), list(shown.values()), color=LOSS, height=0.6)
+    axes.bar_label(drawn, [f"{mean:.3g} s" for mean in shown.values()], padding=5)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.tick_params(axis="y", length=0)
+    axes.set(title="Time of a round by phase", xlabel="seconds a round, all clients and the server")
+
+
+def coordinates_height(plans: Sequence[BlockPlan]) -> float:
+    """Inches that the picture needs."""
     count = len(plans[0].blocks)
-    height = 1.6 + 0.22 * count if count <= MOST_NAMES else 6.0
-    _save(folder, name, (9, height), lambda axes: _draw_coordinates(axes, label, plans))
+    return 1.6 + 0.22 * count if count <= MOST_NAMES else 6.0
 
 
-def _draw_coordinates(axes: Axes, label: str, plans: Sequence[BlockPlan]) -> None:
-    """K_l of each block in the last round, and in the first where they differ."""
+def draw_coordinates(axes: Axes, plans: Sequence[BlockPlan], label: str, longest: int = 80) -> None:
+    """K_l of each block in the last round, and in the first where they differ.
+
+    longest: characters of a block's name; of longer ones the end is shown.
+    """
     first, last = ([block.k for block in plans[index].blocks] for index in (0, -1))
     places = range(len(last))
     axes.barh(
@@ -153,15 +156,24 @@ def _draw_coordinates(axes: Axes, label: str, plans: Sequence[BlockPlan]) -> Non
     )
     if first != last:
         axes.plot(
-            first, places, "|", color=COLOURS[1], markersize=9, markeredgewidth=2.2, label="round 1, by size"
+            first,
+            places,
+            "|",
+            color=COLOURS[1],
+            markersize=9,
+            markeredgewidth=2.2,
+            label="round 1, by sqrt-size",
         )
         axes.legend(frameon=False, loc="lower right")
     if len(last) <= MOST_NAMES:
-        axes.set_yticks(list(places), [block.name for block in plans[0].blocks], fontsize=8)
+        names = [block.name for block in plans[0].blocks]
+        shown = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+        axes.set_yticks(list(places), shown, fontsize=8)
     else:
         axes.set(ylabel="block, in the model's order")
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=WHOLE, alpha=0.4, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set(title=f"{label}: {plans[0].K:,} coordinates by block", xlabel="coordinates $K_l$")
+    of_run = f"{plain(label)}: " if label else ""
+    axes.set(title=f"{of_run}{plans[0].K:,} coordinates by block", xlabel="coordinates $K_l$")

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from ferret_ext import __version__, cpu_capability
-from ferret_ext.federated import adapters, files, journal
+from ferret_ext.federated import adapters, files, journal, page, trackers
 from ferret_ext.federated.client import OptimizerStates
-from ferret_ext.federated.config import EVALUATION_SETTINGS, SimulationConfig
+from ferret_ext.federated.config import EVALUATION_SETTINGS, FREE_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.journal import FolderJournal, Genesis
@@ -90,6 +90,7 @@ class RunFolder(ResultFolder):
 
     results = (
         *journal.FILES,
+        *trackers.FILES,
         "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
@@ -99,6 +100,7 @@ class RunFolder(ResultFolder):
         "partition.png",
         "partition.svg",
         "run.json",
+        page.PAGE,
         "model",
         "plots",
     )
@@ -111,12 +113,15 @@ class RunFolder(ResultFolder):
         """
         path = Path(config.out).expanduser()
         self._measured: list[RoundMetrics] | None = None
+        self._trackers = trackers.Trackers(config, path)
+        self._lacking: list[RoundMetrics] = []  # rounds that a tracker may lack
         resumed = resume and (path / journal.HEAD).exists()
         super().__init__(config, overwrite or resumed or (resume and (path / "config.yaml").exists()))
         if resumed:
             self._check_config()
             with self.writing():
                 self._measured = self._repair()
+            self._lacking = list(self._measured)
             self.begun = True
 
     @property
@@ -138,7 +143,7 @@ class RunFolder(ResultFolder):
         wanted = dict(flatten(asdict(self._config)))
         for key, value in wanted.items():
             same = saved.get(key) == (list(value) if isinstance(value, tuple) else value)
-            if not same and key != "out":
+            if not same and key not in FREE_SETTINGS:
                 raise ConfigError(
                     f"{key}: expected {saved.get(key)!r}, as in the run that {str(self.path)!r} has part of, "
                     f"got {value!r}; a run is resumed with its own settings (--config)"
@@ -169,16 +174,25 @@ class RunFolder(ResultFolder):
             if self.holdings is not None:
                 self._write_partition(self.holdings)
 
-    def append(self, metrics: RoundMetrics, samples: Sequence[Sample] = ()) -> None:
-        """Adds a round to metrics.jsonl and its samples to samples.jsonl; the first one begins the folder."""
+    def append(self, metrics: RoundMetrics, samples: Sequence[Sample] = ()) -> list[str]:
+        """Adds a round to metrics.jsonl, its samples to samples.jsonl, and its numbers to the trackers.
+
+        The first one begins the folder. Returns what trackers have to say. Raises ConfigError.
+        """
         if not self.begun:
             self.begin()
         with self.writing():
             _append(self.path / "samples.jsonl", ({"round": metrics.round, **asdict(it)} for it in samples))
             _append(self.metrics, [asdict(metrics)])
+        lacking, self._lacking = [*self._lacking, metrics], []
+        return list(self._trackers.log(lacking))
+
+    def stop(self) -> None:
+        """Tells the trackers that the run has not come to its end."""
+        self._trackers.close(finished=False)
 
     def finish(self, model: Any, tokenizer: Any, history: Sequence[RoundMetrics]) -> None:
-        """Writes the plot, and the global model as a folder for transformers (see `adapters.save`)."""
+        """Writes the plot, the global model as a folder for transformers (`adapters.save`), and the page."""
         with self.writing():
             save_plot(history, self.path)
             adapters.save(model, tokenizer, self.path / "model")
@@ -187,6 +201,8 @@ class RunFolder(ResultFolder):
             # last: what has it is finished
             files.replace(self.path / "run.json", lambda path: path.write_text(text, "utf-8"))
             (self.path / journal.PENDING).unlink(missing_ok=True)
+        self._trackers.close(finished=True)
+        page.write(self.path)
 
     def _write_partition(self, holdings: Holdings) -> None:
         text = json.dumps(holdings.as_dict(), indent=1, ensure_ascii=False)

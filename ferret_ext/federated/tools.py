@@ -1,11 +1,12 @@
-"""The commands of `ferret` that look at things: doctor, inspect, plot."""
+"""The commands of `ferret` that look at things: doctor, inspect, plot, report."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ferret_ext.federated.command import UNWELL, Command, make_console, make_parser
+from ferret_ext.federated.command import Command, make_console, make_parser
+from ferret_ext.federated.explain import UNWELL
 from ferret_ext.federated.settings import ConfigError
 
 DOCTOR_EXAMPLES = """examples:
@@ -22,6 +23,10 @@ INSPECT_EXAMPLES = """examples:
 PLOT_EXAMPLES = """examples:
   ferret plot runs/gsm8k
   ferret plot runs/gsm8k runs/second --out pictures/
+"""
+REPORT_EXAMPLES = """examples:
+  ferret report runs/gsm8k
+  ferret report runs/comparison runs/second
 """
 
 
@@ -63,6 +68,18 @@ def plot_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def report_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "report",
+        "Writes report.html into the folder of a run or a comparison: one page with its pictures, tables, "
+        "settings and environment, which needs no other file and no network. Finished runs have one already; "
+        "of a run under way it tells what is there.",
+        REPORT_EXAMPLES,
+    )
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="of a run or a comparison")
+    return parser
+
+
 def run_inspection(options: argparse.Namespace) -> int:
     """Lines on each path."""
     from ferret_ext.federated import inspection
@@ -100,8 +117,20 @@ def run_plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_report(options: argparse.Namespace) -> int:
+    """A page for each folder."""
+    from ferret_ext.federated import page
+    from ferret_ext.federated.console import Lines
+
+    lines = Lines(make_console())
+    for folder in options.folders:
+        lines.say(str(page.write(folder)))
+    return 0
+
+
 COMMANDS = {
     "plot": Command("draw runs", plot_parser, run_plot),
+    "report": Command("write one page about a run or a comparison", report_parser, run_report),
     "inspect": Command(
         "say what a run's folder, ledger, message or plan holds", inspect_parser, run_inspection
     ),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import ferret_ext
 from ferret_ext.checks import KINDS
+from ferret_ext.federated import progress
 from ferret_ext.federated.client import DivergedError, LocalFailure, endless_batches
 from ferret_ext.federated.config import ZerothOrderConfig
 from ferret_ext.federated.data.tokens import Example, collate
@@ -265,7 +266,7 @@ class Walk:
         losses: list[float] = []
         batches = endless_batches(len(examples), self.batch_size, seed)
         self.model.eval()
-        for t, seeds in enumerate(directions):
+        for t, seeds in progress.each("local", enumerate(directions), len(directions)):
             batch = [examples[i] for i in next(batches)]
             for p, direction in enumerate(seeds):
                 slopes[t, p] = self._slope(batch, direction, losses)

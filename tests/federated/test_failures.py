@@ -180,13 +180,18 @@ def test_too_little_memory_is_said_with_what_helps(
     assert "training.per_device_train_batch_size" in said
 
 
-def test_other_errors_keep_their_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_take_one_line_and_their_trace_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: Any) -> float:
-        raise RuntimeError("a bug")
+        raise RuntimeError("a bug\nand more of it")
 
     monkeypatch.setattr(LocalTrainer, "train", broken)
+    assert main(["simulate", *SMALL, "--out", str(tmp_path / "run")]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "ferret simulate: internal error: RuntimeError: a bug; --debug shows where"
     with pytest.raises(RuntimeError, match="a bug"):
-        main(["simulate", *SMALL, "--out", str(tmp_path)])
+        main(["simulate", *SMALL, "--out", str(tmp_path / "again"), "--debug"])
 
 
 def test_a_model_that_cannot_be_checkpointed_is_a_setting_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,20 +54,21 @@ def test_several_runs_share_pictures(by_norm: Path, small_run: Path, tmp_path: P
 
 
 def test_plans_follow_from_the_ledger(by_norm: Path, small_run: Path) -> None:
-    """By norm they change after round 1, by size they do not; their digests are checked on the way."""
-    first, second = plot_runs.plans_of(plot_runs._read(by_norm, "a"))
+    """By norm they begin by the root of the size and change after round 1, by size they do not change."""
+    first, second = plot_runs.plans_of(plot_runs.read_run(by_norm, "a"))
     assert [block.name for block in first.blocks] == [block.name for block in second.blocks]
     assert first != second
     assert first.K == second.K == 64
-    by_size = plot_runs.plans_of(plot_runs._read(small_run, "b"))
+    by_size = plot_runs.plans_of(plot_runs.read_run(small_run, "b"))
     assert len(by_size) == 3
     assert len(set(by_size)) == 1
+    assert by_size[0].with_allocation("sqrt-size") == first
 
 
 def test_plans_of_a_run_with_shared_seeds(tmp_path: Path) -> None:
     settings = ["ferret.seeds=shared-round", "ferret.coordinates=int8", "ferret.allocation=mse", "rounds=2"]
     assert main(["simulate", *SMALL, *settings, "--out", str(tmp_path / "run")]) == 0
-    first, second = plot_runs.plans_of(plot_runs._read(tmp_path / "run", "a"))
+    first, second = plot_runs.plans_of(plot_runs.read_run(tmp_path / "run", "a"))
     assert first != second
 
 

@@ -74,9 +74,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_and_can_be_replayed(
     assert simulate(alone, variant) == 0
     interrupted_after(monkeypatch, 3)
     assert simulate(cut, variant) == 130
-    assert "holds the rounds so far; --resume goes on from there" in capsys.readouterr().err
+    assert f"holds the rounds so far; ferret resume {cut} goes on from there" in capsys.readouterr().err
     assert len(read_metrics(cut)) == 3
-    assert main(["simulate", "--out", str(cut), "--resume"]) == 0
+    assert main(["resume", str(cut)]) == 0
     assert told(cut) == told(alone)
     for name in (WEIGHTS, "ledger", "ledger.head"):
         assert (cut / name).read_bytes() == (alone / name).read_bytes()

@@ -31,7 +31,7 @@ def simulate(*arguments: str) -> int:
 def test_run_folder_holds_config_metrics_plot_and_model(small_run: Path) -> None:
     names = {path.name for path in small_run.iterdir()}
     partition = {f"partition.{suffix}" for suffix in ("json", "png", "svg")}
-    files = {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "run.json", "model"}
+    files = {"config.yaml", "metrics.jsonl", "plot.png", "plot.svg", "run.json", "report.html", "model"}
     files |= {"ledger", "ledger.head"}
     assert names == files | partition
     about = json.loads((small_run / "run.json").read_text())

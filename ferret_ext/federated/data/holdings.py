@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -53,6 +53,23 @@ class Holdings:
         if self.lost:
             text += f"; {len(self.lost):,} more values have no example left (first: {self.lost[0]})"
         return text
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> Holdings:
+        """What `as_dict` gave. Raises KeyError, TypeError or ValueError if it is something else."""
+        names = [client["name"] for client in told["clients"]]
+        return cls(
+            kind=str(told["kind"]),
+            column=None if told["column"] is None else str(told["column"]),
+            sizes=[int(client["examples"]) for client in told["clients"]],
+            by_key=[{key: int(n) for key, n in client["by_key"].items()} for client in told["clients"]],
+            names=None if None in names else list(map(str, names)),
+            empty=int(told["empty_clients"]),
+            lost=list(map(str, told["lost_keys"])),
+            training=Count.of_dict(told["training"]),
+            evaluation=Count.of_dict(told["evaluation"]),
+            evaluated=int(told["evaluation"]["evaluated"]),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -56,6 +56,12 @@ class Tally:
         known = self.places.get(reason, [])
         return f" (first: {known[0]})" if known else ""
 
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> Tally:
+        """What `as_dict` gave."""
+        counts = {reason: int(it["count"]) for reason, it in told.items()}
+        return cls(Counter(counts), {reason: list(map(str, it["places"])) for reason, it in told.items()})
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """reason -> count and places, for JSON."""
         return {
@@ -82,6 +88,11 @@ class Count:
         for reason, number in self.dropped.counts.items():
             parts.append(f"{number:,} {reason} dropped{self.dropped.where(reason)}")
         return ", ".join(parts)
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> Count:
+        """What `as_dict` gave, but for which records they were."""
+        return cls(list(range(told["kept"])), Tally.of_dict(told["cut"]), Tally.of_dict(told["dropped"]))
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers of records read and kept, and who was cut or dropped, for JSON."""

@@ -19,7 +19,7 @@ import torch
 from ferret_ext.federated import adapters, algorithms, digests, models, scores
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply, Weighting
 from ferret_ext.federated.client import LocalTrainer, OptimizerStates
-from ferret_ext.federated.config import SimulationConfig
+from ferret_ext.federated.config import FREE_SETTINGS, SimulationConfig
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.data.tokens import Example
@@ -158,7 +158,7 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
 def ledger_text(config: SimulationConfig) -> str:
     """The settings as the ledger has them: without what is of this machine, or what only journals heed."""
     settings = dataclasses.asdict(config)
-    for name in ("out", "ledger", "allow_pickle"):
+    for name in (*FREE_SETTINGS, "ledger", "allow_pickle"):
         del settings[name]
     names = {name: Path(settings[name]).name for name in ("model", "data")}
     return json.dumps({**settings, **names}, sort_keys=True)

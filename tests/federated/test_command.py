@@ -1,0 +1,127 @@
+"""The `ferret` command as a whole: its help, completion in shells, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ferret_ext.federated import cli
+from ferret_ext.federated.cli import COMMANDS, main
+from ferret_ext.federated.command import Command, make_parser
+from ferret_ext.federated.completion import SHELLS
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_commands_and_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--help")
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.summary in text
+    for status in (0, 1, 2, 3, 130):
+        assert f"\n  {status} " in text.partition("exit status:")[2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_examples_that_it_understands(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = shown(capsys, name, "--help")
+    assert "--debug" in text
+    examples = [line.split("#")[0].split(">")[0].split() for line in text.splitlines() if "  ferret " in line]
+    assert examples
+    for program, command, *arguments in examples:
+        assert (program, command) == ("ferret", name)
+        COMMANDS[name].parser().parse_intermixed_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "error: [Errno 28] No space left on device; --debug shows",
+        ),
+        (MemoryError(), 2, "error: out of memory; less is needed with a smaller"),
+        (KeyError("x"), 3, "internal error: KeyError: 'x'; --debug shows where"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_take_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", Command("", lambda: make_parser("fail", "", ""), fail))
+    assert main(["fail"]) == status
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"ferret fail: {line}")
+    with pytest.raises(type(error)):
+        main(["fail", "--debug"])
+
+
+def test_a_reader_that_leaves_is_no_error(small_run: Path) -> None:
+    """`ferret inspect RUN | head -0`"""
+    ferret = [sys.executable, "-u", "-m", "ferret_ext.federated", "inspect", str(small_run)]
+    with subprocess.Popen(ferret, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "folder: expected one of a run, with config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_scripts_are_the_shells_language(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "_ferret"
+    script.write_text(capsys.readouterr().out)
+    if (program := shutil.which(shell)) is None:
+        pytest.skip(f"{shell} is not installed")
+    subprocess.run([program, "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["insp"], {"inspect"}),
+        (["simulate", "--training.opt"], {"--training.optim"}),
+        (["simulate", "--training.optim", "ada"], {"adam", "adamw"}),
+        (["simulate", "--preset", "demo"], {"demo"}),
+        (["completion", ""], set(SHELLS)),
+    ],
+)
+def test_bash_completes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: set[str]
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "script"
+    press_tab = """
+COMP_WORDS=(ferret "$@"); COMP_CWORD=$#
+$(complete -p ferret | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+    script.write_text(capsys.readouterr().out + press_tab)
+    run = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == expected
