@@ -122,6 +122,10 @@ class Stopwatch:
         finally:
             self._seconds[name] += _now() - start
 
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self._seconds[name] += seconds
+
     def __getitem__(self, name: str) -> float:
         return self._seconds[name]
 
