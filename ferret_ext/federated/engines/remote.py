@@ -185,6 +185,7 @@ class RemoteClients:
         self._roster = Roster(link, clients, genesis.run, say)
         self._deadlines = Deadlines(config)
         self._calls: dict[str, Call] = {}
+        self._late: set[tuple[int, int]] = set()
         self._gathered = False
 
     def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:
@@ -195,10 +196,10 @@ class RemoteClients:
         state = Round(round_, clients, self._clock())
         while True:
             self._roster.look(self._clock())
-            self._send(state, server)
             self._receive(state, watcher)
             if self._over(state, server.wanted):
                 break
+            self._send(state, server)
             self._sleep(self._config.poll)
         replies = [state.replies.get(client) or self._missing(state, client, watcher) for client in clients]
         return [*replies, *state.late]
@@ -252,7 +253,8 @@ class RemoteClients:
                 self._deadlines.note(call.round, now - call.sent_at)
             if call.round == state.number:
                 self._take(state, call, answer, watcher, now)
-            elif answer.get("kind") == "reply":
+            elif answer.get("kind") == "reply" and (call.round, call.client) not in self._late:
+                self._late.add((call.round, call.client))  # it may have been called twice
                 self._say(f"client {call.client}: a reply of round {call.round} came late")
                 state.late.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
 

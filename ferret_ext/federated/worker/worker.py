@@ -89,18 +89,21 @@ class Worker:
 
     def answer(self, frame: Mapping[str, Any]) -> Frame:
         """The answer to a call: a reply, or an error."""
+        answer = self._try(frame)
+        if answer["kind"] == "error":
+            _free_memory()  # now that no traceback holds tensors any more
+        member = self._member
+        self._place = (member.run, member.seen) if member else (NO_DIGEST, 0)
+        return answer
+
+    def _try(self, frame: Mapping[str, Any]) -> Frame:
         try:
             return self._train(Train.read(frame))
-        except (CallError, ValueError, RunError) as problem:  # settings, data and messages that do not fit
-            self._settle()
+        except (ValueError, RunError) as problem:  # calls, settings, data and messages that do not fit
             return self._error(problem)
-        except (MemoryError, Exception) as problem:
-            self._settle()
+        except Exception as problem:
             self._say(traceback.format_exc())
             return self._error(problem)
-        finally:
-            member = self._member
-            self._place = (member.run, member.seen) if member else (NO_DIGEST, 0)
 
     def _train(self, call: Train) -> Frame:
         if call.client != self.client:
@@ -121,8 +124,9 @@ class Worker:
 
     def _begin(self, call: Train) -> Member:
         """Loads model and data for the run. Raises ConfigError and DataError."""
-        self._member = self._last = None  # room for what comes
-        _free_memory()
+        if self._member is not None:
+            self._member = self._last = None  # room for what comes
+            _free_memory()
         config = party_config(call.settings, self._own)
         self._say(f"run {call.run.hex()}: client {self.client} loads {config.model} and {config.data}")
         with run.reproducible(config.full_determinism, config.num_threads):
@@ -158,21 +162,22 @@ class Worker:
         config = member.config
         with run.reproducible(config.full_determinism, config.num_threads):
             member.restore(call.round)
-            done = member.members.update(self.client, call.round, call.broadcasts)
+            try:
+                done = member.members.update(self.client, call.round, call.broadcasts)
+            except BaseException:
+                self._settle(member, call.round)
+                raise
         member.keep(call.round)
         self._say(f"round {call.round}: {done.failure or f'{len(done.payload):,} bytes to send'}")
         return calls.reply(done)
 
-    def _settle(self) -> None:
-        """After an error: keeps what is whole. Weights that were being rebuilt are made anew when needed."""
-        member = self._member
-        if member is not None:
-            replica = member.members.replica
-            for param in replica.params:
-                param.grad = None
-            if replica.marked != replica.round:
-                self._member = None
-        _free_memory()
+    def _settle(self, member: Member, round_: int) -> None:
+        """After an error: keeps the weights if training alone has touched them; else they are made anew."""
+        replica = member.members.replica
+        for param in replica.params:
+            param.grad = None
+        if not replica.marked == replica.round == round_ - 1:
+            self._member = None
 
     def _error(self, problem: BaseException) -> Frame:
         kind = type(problem).__name__
