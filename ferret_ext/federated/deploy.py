@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,13 +202,13 @@ def run_join(options: argparse.Namespace) -> int:
         logs = options.logs or home
         logs.mkdir(parents=True, exist_ok=True)
         running = stack.enter_context(processes.Processes(processes.environment(home)))
-        commands: list[tuple[list[str], Path | None]] = []
+        programs = []
         for client, key in zip(options.clients, keys, strict=True):
             path = home / f"client-{client}"
-            commands.append((_worker_command(options, client, path), None))
+            programs.append(Program(f"client {client}'s worker", _worker_command(options, client, path)))
             node = processes.supernode(options.server, client, path, options.root_certificates, key)
-            commands.append((node, logs / f"supernode-{client}.log"))
-        _keep_running(running, commands)
+            programs.append(Program(f"client {client}'s SuperNode", node, logs / f"supernode-{client}.log"))
+        _keep_running(running, programs)
     return 0
 
 
@@ -217,20 +218,36 @@ def _worker_command(options: argparse.Namespace, client: int, path: Path) -> lis
     return [*command, *share, *options.overrides]
 
 
-def _keep_running(running: Processes, commands: Sequence[tuple[list[str], Path | None]]) -> None:
-    """Starts the commands, and again those that end. Raises ConfigError where one refuses its arguments."""
-    started = [running.start(*command) for command in commands]
+@dataclass(frozen=True)
+class Program:
+    """What join keeps running. log: where it says what it does; without one it is shown."""
+
+    name: str
+    command: list[str]
+    log: Path | None = None
+
+
+def _keep_running(running: Processes, programs: Sequence[Program]) -> None:
+    """Starts the programs, and again those that end. Raises ConfigError where one refuses its settings."""
+    started = [running.start(program.command, program.log) for program in programs]
     while True:
         time.sleep(0.5)
-        for place, (process, command) in enumerate(zip(started, commands, strict=True)):
+        for place, (process, program) in enumerate(zip(started, programs, strict=True)):
             if process.poll() is None:
                 continue
-            name = " ".join(command[0][:1] + command[0][3:5])
-            if process.returncode == REFUSED:
-                raise ConfigError(f"join: {name} has refused its settings; see above")
-            print(f"ferret join: {name} has ended ({process.returncode}) and is started again", flush=True)
+            if process.returncode == REFUSED and program.log is None:
+                raise ConfigError(f"join: {program.name} has refused its settings; see above")
+            said = f"; {last_line(program.log)}" if program.log else ""
+            print(f"ferret join: {program.name} ended and is started again{said}", flush=True)
             time.sleep(RESTART)
-            started[place] = running.start(*command)
+            started[place] = running.start(program.command, program.log)
+
+
+def last_line(log: Path) -> str:
+    """The last thing in a log that looks like an error, else its last line."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line]
+    return (errors or lines or ["it has said nothing"])[-1][:300]
 
 
 def _interrupt_when_told_to_end() -> None:

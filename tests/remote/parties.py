@@ -17,6 +17,7 @@ from ferret_ext.federated import config as configuration
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.engines.flower.link import serve
+from ferret_ext.federated.engines.in_process import simulate
 from ferret_ext.federated.engines.remote import Link
 from ferret_ext.federated.metrics import Rejection, RoundMetrics
 from ferret_ext.federated.report import RunFolder
@@ -142,6 +143,11 @@ def play(config: SimulationConfig, link: Link, run: Any = serve) -> tuple[Result
     folder = RunFolder(config, resume=True)
     diary = Diary(folder)
     return run(link, config, diary, folder.open_journal), diary
+
+
+def in_process(link: object, *rest: Any) -> Result:
+    """In place of `serve`, for `play`."""
+    return simulate(*rest)
 
 
 def told(folder: Path) -> list[dict[str, Any]]:

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parties import DirectLink, Party, lost, no_worker, play, settings, told, weights, worker
+from parties import DirectLink, Party, in_process, lost, no_worker, play, settings, told, weights, worker
 
 from ferret_ext.federated import ledger
 from ferret_ext.federated.config import FederationConfig, SimulationConfig
-from ferret_ext.federated.engines.in_process import simulate
 from ferret_ext.federated.engines.remote import Deadlines
 from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.run import Result
@@ -23,10 +22,6 @@ from ferret_ext.federated.worker.calls import Frame
 
 def parties(count: int = 3) -> DirectLink:
     return DirectLink({100 + client: Party(worker(client)) for client in range(count)})
-
-
-def in_process(link: object, *rest: Any) -> Result:
-    return simulate(*rest)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from ferret_ext.federated.settings import ConfigError
 ONE_PORT = (1, 30)  # from this version on the SuperLink has one HTTP port for everything
 GRACE = 5.0  # seconds for a process to end by itself
 START = 60.0  # seconds for a SuperLink to listen
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 CONNECTION = "ferret"  # the SuperLink's name in Flower's configuration
 
 
@@ -154,7 +156,7 @@ def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = ST
 
 
 class Processes:
-    """Processes that end with this one. A context manager.
+    """Processes that end with this one, also where it is killed. A context manager.
 
     Each leads a group of its own, so that those that it has started end with it.
     """
@@ -173,6 +175,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT if file else None,
+                preexec_fn=_end_with_parent,
             )
         self._running.append(process)
         return process
@@ -192,6 +195,11 @@ class Processes:
                     process.wait(max(0.0, limit - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     continue
+
+
+def _end_with_parent() -> None:
+    """In a new process: has Linux send it SIGTERM when its parent is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
