@@ -35,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _pass_on(message: Message, context: Context, timeout: float | None) -> Message:
-    answer = ask(str(context.node_config.get("socket", "")), dict(message.content[RECORD]), timeout)
+    answer: Any = ask(str(context.node_config.get("socket", "")), dict(message.content[RECORD]), timeout)
     return Message(RecordDict({RECORD: ConfigRecord(answer)}), reply_to=message)
 
 

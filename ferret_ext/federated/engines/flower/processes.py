@@ -1,4 +1,4 @@
-"""Flower's processes, for the versions whose command lines differ: 1.41 has one port where 1.29 has three."""
+"""Flower's processes, for versions whose command lines differ: 1.41 has one port where 1.29 has three."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from types import TracebackType
 
 from ferret_ext.federated.settings import ConfigError
 
-ONE_PORT = (1, 30)  # from this version on the SuperLink has one HTTP port for everything
 GRACE = 5.0  # seconds for a process to end by itself
 START = 60.0  # seconds for a SuperLink to listen
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -65,21 +64,16 @@ class Security:
         return [*pairs, *(["--enable-supernode-auth"] if self.node_keys else [])]
 
 
-def flower_version() -> tuple[int, int]:
-    """Flower's major and minor version. Raises ConfigError where it is not installed."""
-    try:
-        major, minor, *_ = version("flwr").split(".")
-    except PackageNotFoundError:
-        raise ConfigError(
-            "flower: expected flwr to be installed, got none; in the source tree, pip install '.[flower]'"
-        ) from None
-    return int(major), int(minor)
+def takes(name: str, option: str) -> bool:
+    """Whether a program of Flower's has this option. Raises ConfigError where it is not there."""
+    ran = subprocess.run([*program(name), "--help"], capture_output=True, text=True, timeout=START)
+    return f" {option} " in ran.stdout
 
 
 def superlink(host: str, port: int, security: Security) -> tuple[list[str], str]:
     """The command of a SuperLink that clients reach there, and the address that `flwr run` goes to."""
     command = [*program("flower-superlink"), *security.arguments()]
-    if flower_version() >= ONE_PORT:
+    if takes("flower-superlink", "--port"):
         local = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         return [*command, "--host", host or "0.0.0.0", "--port", str(port)], f"{local}:{port}"
     control, runtime = (f"127.0.0.1:{free_port()}" for _ in range(2))
@@ -100,14 +94,19 @@ def supernode(
     command += ["--root-certificates", str(authority)] if authority else ["--insecure"]
     command += ["--auth-supernode-private-key", str(key)] if key else []
     port = str(free_port())
-    if flower_version() >= ONE_PORT:
+    if takes("flower-supernode", "--port"):
         return [*command, "--host", "127.0.0.1", "--port", port]
     return [*command, "--clientappio-api-address", f"127.0.0.1:{port}"]
 
 
 def program(name: str) -> list[str]:
     """A program of Flower's, beside this Python or on PATH. Raises ConfigError."""
-    flower_version()
+    try:
+        version("flwr")
+    except PackageNotFoundError:
+        raise ConfigError(
+            "flower: expected flwr to be installed, got none; in the source tree, pip install '.[flower]'"
+        ) from None
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         raise ConfigError(f"flower: expected the program {name} beside {sys.executable} or on PATH, got none")
