@@ -19,12 +19,15 @@ from .ops import (
     apply_,
     basis,
     cpu_capability,
+    pack,
     project,
     project_difference,
     reconstruct,
     reconstruct_,
     set_cpu_isa,
+    unpack,
 )
+from .packing import Packed, Packing
 from .plan import Block, BlockPlan
 
 __version__: str = _native.version
@@ -32,13 +35,17 @@ __version__: str = _native.version
 __all__ = [
     "Block",
     "BlockPlan",
+    "Packed",
+    "Packing",
     "__version__",
     "apply_",
     "basis",
     "cpu_capability",
+    "pack",
     "project",
     "project_difference",
     "reconstruct",
     "reconstruct_",
     "set_cpu_isa",
+    "unpack",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .packing import Packed
 from .plan import BlockPlan
 
 KINDS = {"rademacher": 1, "uniform": 2, "gaussian": 3}  # of docs/streams.md
@@ -109,13 +110,43 @@ def coordinates(op: str, name: str, value: Any) -> Tensor:
     return gamma
 
 
-def update(op: str, i: int, value: Any) -> tuple[int, Tensor, float]:
-    """Update i as (seed, gammas, weight)."""
+def update(op: str, i: int, value: Any, plan: BlockPlan) -> tuple[int, Tensor | Packed, float]:
+    """Update i as (seed, gammas, weight), its gammas fitting the plan."""
     if not isinstance(value, (tuple, list)) or len(value) != 3:
         raise TypeError(f"{op}: update {i} must be (seed, gammas, weight), got {type(value).__name__}")
-    gammas = coordinates(op, f"gammas of update {i}", value[1])
-    weight = number(op, f"weight of update {i}", value[2])
-    return seed(op, value[0], f"seed of update {i}"), gammas, weight
+    first, gammas, last = value
+    if isinstance(gammas, Packed):
+        packed(op, f"gammas of update {i}", plan, gammas)
+    elif coordinates(op, f"gammas of update {i}", gammas).numel() != plan.K:
+        raise ValueError(
+            f"{op}: gammas of update {i} must have the plan's length {plan.K}, got {gammas.numel()}"
+        )
+    return seed(op, first, f"seed of update {i}"), gammas, number(op, f"weight of update {i}", last)
+
+
+def packed(op: str, name: str, plan: BlockPlan, value: Any) -> Packed:
+    """Packed coordinates of the plan's blocks."""
+    if not isinstance(value, Packed):
+        raise TypeError(f"{op}: {name} must be Packed, got {type(value).__name__}")
+    expected = {"codes": value.packing.code_bytes(plan.K), "scales": len(plan.blocks)}
+    for part, length in expected.items():
+        got = getattr(value, part).numel()
+        if got != length:
+            raise ValueError(f"{op}: {part} of {name} must have the plan's length {length}, got {got}")
+    finite(op, f"scales of {name}", value.scales)
+    if values_known(value.scales) and (value.scales < 0).any():
+        raise ValueError(f"{op}: scales of {name} must be >= 0, got {value.scales.min().item()}")
+    largest = max((block.k for block in plan.blocks), default=0) << value.packing.choice
+    if largest >= 2**32:
+        raise ValueError(f"{op}: {name} must have fewer than 2^32 candidates a block, got {largest}")
+    return value
+
+
+def one_form(op: str, rows: Sequence[Tensor | Packed]) -> None:
+    """All coordinates as floats, or all packed alike."""
+    forms = {row.packing if isinstance(row, Packed) else None for row in rows}
+    if len(forms) > 1:
+        raise ValueError(f"{op}: updates must all be tensors or all Packed with one packing, got {forms}")
 
 
 def one_device(op: str, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native, checks
+from .packing import Packed, Packing
 from .plan import BlockPlan
 
 Basis = Literal["rademacher", "uniform", "gaussian"]
@@ -195,10 +196,46 @@ def project_difference(
     return gammas
 
 
+def pack(plan: BlockPlan, gammas: Tensor, packing: Packing) -> Packed:
+    """Coordinates as codes of a few bits, with one scale a block.
+
+    plan: the blocks with the K_l that are sent. gammas: [K 2^choice], as `project_difference` gives them for
+        `packing.candidates(plan)`; from another device they are moved to the CPU, where the result is.
+
+    A level is the nearest to the coordinate over a step that goes by the block's root mean square; nothing is
+    drawn. The scale keeps the inner product: sum gamma read = sum gamma^2. Over bases the mean reconstruction
+    is the update as far as coordinates are normal, which they nearly are for d_l large (docs/quality.md).
+    Raises TypeError and ValueError for input that does not fit, and for scales that float32 cannot hold.
+    """
+    gammas = checks.coordinates("pack", "gammas", gammas).detach()
+    expected = plan.K << packing.choice
+    if gammas.numel() != expected:
+        raise ValueError(
+            f"pack: gammas must be the {expected} of packing.candidates(plan), got {gammas.numel()}"
+        )
+    checks.finite("pack", "gammas", gammas)
+    floats = gammas.to("cpu", torch.float32).contiguous()
+    codes, scales = _ops.pack(floats, plan.blocks_table, plan.K, packing.bits, packing.choice)
+    checks.finite("pack", "scales", scales)
+    return Packed(codes, scales, packing)
+
+
+def unpack(plan: BlockPlan, packed: Packed) -> tuple[Tensor, Tensor]:
+    """(gammas float32 [K], columns int64 [K]): the coordinates read from codes, and the column of its block's
+    basis that each belongs to, which without a choice is its place in the block. On the CPU.
+
+    Raises ValueError for codes or scales that do not fit the plan.
+    """
+    checks.packed("unpack", "packed", plan, packed)
+    codes, scales = packed.codes.cpu().contiguous(), packed.scales.cpu().contiguous()
+    bits, choice = packed.packing.bits, packed.packing.choice
+    return _ops.unpack(codes[None], scales[None], plan.blocks_table, plan.K, bits, choice)  # type: ignore[no-any-return]
+
+
 def apply_(
     plan: BlockPlan,
     params: Iterable[Tensor],
-    updates: Iterable[tuple[int, Tensor, float]],
+    updates: Iterable[tuple[int, Tensor | Packed, float]],
     alpha: float,
     *,
     basis: Basis = "rademacher",
@@ -206,7 +243,8 @@ def apply_(
     """params += alpha sum_i weight_i V_i gamma_i, each parameter read and written once for all updates.
 
     params: the plan's tensors in its order, on one device with the gammas.
-    updates: (seed, gammas [plan.K], weight) of each client.
+    updates: (seed, gammas [plan.K], weight) of each client, the gammas as tensors, or all of them packed
+        alike, which without a choice gives the same bits as the floats they stand for.
 
     Raises as `project` does, and ValueError for gammas of another length than plan.K, and leaves every
     parameter untouched then; torch's own error for a leaf that requires grad outside torch.no_grad().
@@ -216,27 +254,39 @@ def apply_(
     alpha, kind = checks.number("apply_", "alpha", alpha), checks.kind("apply_", basis)
     seeds, weights, rows = [], [], []
     for i, update in enumerate(updates):
-        seed, gammas, weight = checks.update("apply_", i, update)
-        if gammas.numel() != plan.K:
-            raise ValueError(
-                f"apply_: gammas of update {i} must have the plan's length {plan.K}, got {gammas.numel()}"
-            )
+        seed, gammas, weight = checks.update("apply_", i, update, plan)
         seeds.append(seed)
         weights.append(weight)
         rows.append(gammas)
-    gammas_by_name = {f"gammas of update {i}": gammas for i, gammas in enumerate(rows)}
-    checks.one_device("apply_", targets | gammas_by_name)
-    for name, gammas in gammas_by_name.items():
-        checks.finite("apply_", name, gammas)
-    working = _working_dtype(*params, *rows)
+    checks.one_form("apply_", rows)
+    tensors = {
+        f"{part} of update {i}": tensor for i, row in enumerate(rows) for part, tensor in _parts(row).items()
+    }
+    checks.one_device("apply_", targets | tensors)
+    for name, tensor in tensors.items():
+        checks.finite("apply_", name, tensor)
+    working = _working_dtype(*params, *tensors.values())
     for i, weight in enumerate(weights):
         checks.number("apply_", f"weight of update {i}", weight, working)
     for param in params:
         checks.may_change("apply_", param)
     checks.separate("apply_", targets)
-    if rows:
-        stacked = torch.stack([row.to(working) for row in rows])
-        _apply_in_place(params, plan.blocks_table, plan.pieces_table, stacked, seeds, weights, alpha, kind)
+    tables = (plan.blocks_table, plan.pieces_table)
+    if floats := [row for row in rows if isinstance(row, Tensor)]:
+        stacked = torch.stack([row.to(working) for row in floats])
+        _apply_in_place(params, *tables, stacked, seeds, weights, alpha, kind)
+    elif packed := [row for row in rows if isinstance(row, Packed)]:
+        codes, scales = (torch.stack([getattr(row, part) for row in packed]) for part in ("codes", "scales"))
+        bits, choice = packed[0].packing.bits, packed[0].packing.choice
+        more = (codes, scales, bits, choice, seeds, weights, alpha, kind)
+        _change_in_place(params, lambda dense: _ops.apply_packed_(dense, *tables, plan.K, *more))
+
+
+def _parts(gammas: Tensor | Packed) -> dict[str, Tensor]:
+    """The tensors of an update's coordinates, under the names that errors call them."""
+    if isinstance(gammas, Packed):
+        return {"codes": gammas.codes, "scales": gammas.scales}
+    return {"gammas": gammas}
 
 
 def has_cuda() -> bool:
@@ -270,12 +320,18 @@ def _apply_in_place(
     alpha: float,
     kind: int,
 ) -> None:
-    """gammas [N, K]; parameters that are not contiguous are copied, changed and copied back."""
+    """gammas [N, K]."""
+    gammas = gammas.detach().to(_working_dtype(gammas, *params)).contiguous()
+    _change_in_place(
+        params, lambda dense: _ops.apply_blocks_(dense, blocks, pieces, gammas, seeds, weights, alpha, kind)
+    )
+
+
+def _change_in_place(params: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
+    """Parameters that are not contiguous are copied, changed and copied back."""
     targets = [param.detach() for param in params]
     dense = [target.contiguous() for target in targets]
-    wide = any(tensor.dtype == torch.float64 for tensor in (gammas, *dense))
-    gammas = gammas.detach().to(torch.float64 if wide else torch.float32).contiguous()
-    _ops.apply_blocks_(dense, blocks, pieces, gammas, seeds, weights, alpha, kind)
+    change(dense)
     strided = [i for i, target in enumerate(targets) if not target.is_contiguous()]
     if strided:  # in one call: between two an interrupt could leave half a model
         torch._foreach_copy_([targets[i] for i in strided], [dense[i] for i in strided])
@@ -317,6 +373,24 @@ def _fake_reconstruct(
 @_fake("apply_blocks_")
 def _fake_apply_blocks_(params: list[Tensor], *args: Any) -> None:
     return None
+
+
+@_fake("apply_packed_")
+def _fake_apply_packed_(params: list[Tensor], *args: Any) -> None:
+    return None
+
+
+@_fake("pack")
+def _fake_pack(gammas: Tensor, blocks: Tensor, total: int, bits: int, choice: int) -> tuple[Tensor, Tensor]:
+    codes = gammas.new_empty([Packing(bits, choice).code_bytes(total)], dtype=torch.uint8)
+    return codes, gammas.new_empty([blocks.shape[0]])
+
+
+@_fake("unpack")
+def _fake_unpack(
+    codes: Tensor, scales: Tensor, blocks: Tensor, total: int, bits: int, choice: int
+) -> tuple[Tensor, Tensor]:
+    return scales.new_empty([total]), scales.new_empty([total], dtype=torch.int64)
 
 
 @_fake("basis_")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Granularity = Literal["tensor", "packed"]
-Allocation = Literal["size", "equal", "norm", "sqrt-norm", "mse"]
+Allocation = Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"]
 
 TILE = 512  # stream elements that share a scale in project; blocks start at multiples of it
 PACKING_TARGET = 0.9  # "packed" fills a block up to this share of the parameters' median size
@@ -132,10 +132,12 @@ class BlockPlan:
     ) -> BlockPlan:
         """The same blocks with other K_l >= 1, whose sum is exactly K (default: the plan's).
 
-        allocation: K_l in proportion to d_l ("size"), 1 ("equal"), ||delta_l|| ("norm", as in the paper's
-        experiments), sqrt(||delta_l||) ("sqrt-norm", its proposition 2) or ||delta_l|| sqrt(d_l) ("mse", the
-        least mean-square error).
-        norms: ||delta_l|| of each block for the last three, e.g. from `block_norms`; all zero means "equal".
+        allocation: K_l in proportion to d_l ("size"), sqrt(d_l) ("sqrt-size", the least mean-square error if
+        all norms are alike), 1 ("equal"), ||delta_l|| ("norm", as in the paper's experiments),
+        sqrt(||delta_l||) ("sqrt-norm", its proposition 2), ||delta_l|| sqrt(d_l) ("mse", the least
+        mean-square error) or ||delta_l||^(3/2) d_l^(1/4) ("curvature", less error where the update's elements
+        are large, since there the loss tends to curve most; docs/quality.md).
+        norms: ||delta_l|| of each block for the last four, e.g. from `block_norms`; all zero means "equal".
         Raises ValueError if K is below the number of blocks, or a norm is missing, negative or not finite.
         """
         numels = [block.numel for block in self.blocks]
@@ -287,6 +289,8 @@ def _weights(numels: Sequence[int], allocation: Allocation, norms: Sequence[floa
         )
     if allocation == "size":
         return list(numels)
+    if allocation == "sqrt-size":  # as exact integers
+        return [math.isqrt(numel << 64) for numel in numels]
     if allocation == "equal":
         return [1] * len(numels)
     values = _checked_norms(norms, len(numels), allocation)
@@ -298,6 +302,9 @@ def _weights(numels: Sequence[int], allocation: Allocation, norms: Sequence[floa
         relative = [math.sqrt(norm) for norm in relative]
     elif allocation == "mse":
         relative = [norm * math.sqrt(numel) for norm, numel in zip(relative, numels, strict=True)]
+    elif allocation == "curvature":
+        roots = [math.sqrt(math.sqrt(numel)) for numel in numels]
+        relative = [norm * math.sqrt(norm) * root for norm, root in zip(relative, roots, strict=True)]
     return [round(weight * 2**60) for weight in relative]
 
 

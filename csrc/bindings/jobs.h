@@ -85,16 +85,10 @@ class SinglePlan {
 // The rows of BlockPlan.blocks_table and BlockPlan.pieces_table.
 class TablePlan {
  public:
+  // choice: see Packing.
   TablePlan(const char* op, const Tensor& blocks, const Tensor& pieces, const std::vector<Tensor>& tensors,
-            int64_t total)
-      : plan_{rows<Block>(op, blocks), blocks.size(0), rows<Piece>(op, pieces), pieces.size(0)} {
-    for (int64_t b = 0; b < plan_.num_blocks; ++b) {
-      const Block& block = plan_.blocks[b];
-      STD_TORCH_CHECK(block.offset >= 0 && block.numel >= 0 && block.columns >= 1 &&
-                          block.columns < (int64_t{1} << 32) && block.start >= 0 &&
-                          block.start <= total - block.columns,
-                      op, ": block ", b, " of the plan does not fit ", total, " coordinates");
-    }
+            int64_t total, int choice = 0)
+      : plan_{blocks_of(op, blocks, total, choice), blocks.size(0), rows<Piece>(op, pieces), pieces.size(0)} {
     int64_t last_block = 0, end = 0;
     for (int64_t p = 0; p < plan_.num_pieces; ++p) {
       const Piece& piece = plan_.pieces[p];
@@ -114,6 +108,19 @@ class TablePlan {
   }
   const Plan& plan() const { return plan_; }
 
+  // The rows of a table of blocks that fit so many coordinates.
+  static const Block* blocks_of(const char* op, const Tensor& table, int64_t total, int choice) {
+    const Block* blocks = rows<Block>(op, table);
+    for (int64_t b = 0; b < table.size(0); ++b) {
+      const Block& block = blocks[b];
+      STD_TORCH_CHECK(block.offset >= 0 && block.numel >= 0 && block.columns >= 1 &&
+                          block.columns < (int64_t{1} << (32 - choice)) && block.start >= 0 &&
+                          block.start <= total - block.columns,
+                      op, ": block ", b, " of the plan does not fit ", total, " coordinates");
+    }
+    return blocks;
+  }
+
  private:
   template <class Row>
   static const Row* rows(const char* op, const Tensor& table) {
@@ -125,11 +132,33 @@ class TablePlan {
   Plan plan_;
 };
 
+inline Packing packing_of(const char* op, int64_t bits, int64_t choice) {
+  STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4 || bits == 8, op, ": bits must be 1, 2, 4 or 8, got ", bits);
+  STD_TORCH_CHECK(choice >= 0 && choice <= (bits == 1 ? kMaxChoice : 0), op, ": choice must be in [0, ", kMaxChoice,
+                  "], and 0 unless bits is 1, got ", choice);
+  return {static_cast<int32_t>(bits), static_cast<int32_t>(choice)};
+}
+
+// Codes [N, bytes of K codes] and scales [N, L], which stay alive in the caller.
+inline AllGammas packed_gammas(const char* op, const Tensor& codes, const Tensor& scales, int64_t updates,
+                               int64_t total, int64_t num_blocks, Packing packing) {
+  const auto fits = [&](const Tensor& tensor, ScalarType type, int64_t width) {
+    return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == 2 && tensor.size(0) == updates &&
+           tensor.size(1) == width && tensor.get_device_index() == codes.get_device_index();
+  };
+  STD_TORCH_CHECK(fits(codes, ScalarType::Byte, packing.bytes(total)), op, ": codes must be uint8 [", updates, ", ",
+                  packing.bytes(total), "]");
+  STD_TORCH_CHECK(fits(scales, ScalarType::Float, num_blocks), op, ": scales must be float32 [", updates, ", ",
+                  num_blocks, "]");
+  return {nullptr, static_cast<const uint8_t*>(codes.data_ptr()), static_cast<const float*>(scales.data_ptr()),
+          packing};
+}
+
 inline std::vector<Update> updates_of(const char* op, const std::vector<int64_t>& seeds,
-                                      const std::vector<double>& weights, const Tensor& gammas) {
-  STD_TORCH_CHECK(seeds.size() == weights.size() && gammas.dim() == 2 && gammas.is_contiguous() &&
-                      gammas.size(0) == static_cast<int64_t>(seeds.size()),
-                  op, ": expected as many rows of gammas as seeds and weights, contiguous");
+                                      const std::vector<double>& weights, const Tensor& rows) {
+  STD_TORCH_CHECK(seeds.size() == weights.size() && rows.dim() == 2 && rows.is_contiguous() &&
+                      rows.size(0) == static_cast<int64_t>(seeds.size()),
+                  op, ": expected as many rows of coordinates as seeds and weights, contiguous");
   std::vector<Update> updates;
   for (size_t i = 0; i < seeds.size(); ++i) updates.push_back({static_cast<uint64_t>(seeds[i]), weights[i]});
   return updates;
@@ -190,8 +219,16 @@ struct Operators {
     const auto refs = references(op, params, gammas.get_device_index());
     const bool wide = any_float64(params) || gammas.scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(gammas.scalar_type() == working_type(wide), op, ": gammas must be ", wide ? "float64" : "float32");
-    Backend::apply({plan, refs.data(), updates.data(), static_cast<int64_t>(updates.size()), gammas.data_ptr(),
-                    gammas.size(-1), basis_of(op, kind), alpha, wide, overwrite},
+    Backend::apply({plan,
+                    refs.data(),
+                    updates.data(),
+                    static_cast<int64_t>(updates.size()),
+                    {gammas.data_ptr()},
+                    gammas.size(-1),
+                    basis_of(op, kind),
+                    alpha,
+                    wide,
+                    overwrite},
                    gammas);
   }
 
@@ -214,6 +251,22 @@ struct Operators {
     apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false);
   }
 
+  static void apply_packed_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, int64_t total, Tensor codes,
+                            Tensor scales, int64_t bits, int64_t choice, std::vector<int64_t> seeds,
+                            std::vector<double> weights, double alpha, int64_t kind) {
+    const char* op = "apply_packed_";
+    const Packing packing = packing_of(op, bits, choice);
+    const TablePlan table(op, blocks, pieces, params, total, packing.choice);
+    const Plan& plan = table.plan();
+    const auto updates = updates_of(op, seeds, weights, codes);
+    const int64_t count = static_cast<int64_t>(updates.size());
+    const AllGammas gammas = packed_gammas(op, codes, scales, count, total, plan.num_blocks, packing);
+    const auto refs = references(op, params, codes.get_device_index());
+    Backend::apply({plan, refs.data(), updates.data(), count, gammas, total, basis_of(op, kind), alpha,
+                    any_float64(params), false},
+                   codes);
+  }
+
   static void basis_(Tensor out, int64_t seed, int64_t k, int64_t kind, int64_t offset, int64_t numel) {
     Backend::basis(basis_job(out, seed, k, kind, offset, numel), out);
   }
@@ -223,6 +276,7 @@ struct Operators {
     library.impl("project_blocks", TORCH_BOX(&project_blocks));
     library.impl("reconstruct", TORCH_BOX(&reconstruct));
     library.impl("apply_blocks_", TORCH_BOX(&apply_blocks_));
+    library.impl("apply_packed_", TORCH_BOX(&apply_packed_));
     library.impl("basis_", TORCH_BOX(&basis_));
   }
 };

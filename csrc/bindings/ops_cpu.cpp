@@ -2,6 +2,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "../cpu/cpu.h"
 #include "jobs.h"
@@ -47,6 +48,43 @@ struct Cpu {
   }
 };
 
+std::tuple<Tensor, Tensor> pack(Tensor gammas, Tensor blocks, int64_t total, int64_t bits, int64_t choice) {
+  const Packing packing = packing_of("pack", bits, choice);
+  const Block* table = TablePlan::blocks_of("pack", blocks, total, packing.choice);
+  STD_TORCH_CHECK(gammas.is_contiguous() && gammas.scalar_type() == ScalarType::Float && total >= 0 &&
+                      total <= INT64_MAX >> packing.choice && gammas.numel() == total << packing.choice,
+                  "pack: gammas must be float32 and as many as the plan's columns");
+  Tensor codes =
+      allocated("pack", [&] { return torch::stable::new_zeros(gammas, {packing.bytes(total)}, ScalarType::Byte); });
+  Tensor scales = allocated("pack", [&] { return torch::stable::new_zeros(gammas, {blocks.size(0)}); });
+  const PackJob job = {table,
+                       blocks.size(0),
+                       total,
+                       static_cast<const float*>(gammas.data_ptr()),
+                       packing,
+                       static_cast<uint8_t*>(codes.data_ptr()),
+                       static_cast<float*>(scales.data_ptr())};
+  with_torch_errors("pack: out of memory", [&] { cpu::pack(job, torch_threads()); });
+  return {codes, scales};
+}
+
+std::tuple<Tensor, Tensor> unpack(Tensor codes, Tensor scales, Tensor blocks, int64_t total, int64_t bits,
+                                  int64_t choice) {
+  const Packing packing = packing_of("unpack", bits, choice);
+  const Block* table = TablePlan::blocks_of("unpack", blocks, total, packing.choice);
+  const AllGammas packed = packed_gammas("unpack", codes, scales, 1, total, blocks.size(0), packing);
+  Tensor values = allocated("unpack", [&] { return torch::stable::new_zeros(scales, {total}, ScalarType::Float); });
+  Tensor columns = allocated("unpack", [&] { return torch::stable::new_zeros(scales, {total}, ScalarType::Long); });
+  const UnpackJob job = {table,
+                         blocks.size(0),
+                         total,
+                         packed,
+                         static_cast<float*>(values.data_ptr()),
+                         static_cast<int64_t*>(columns.data_ptr())};
+  with_torch_errors("unpack: out of memory", [&] { cpu::unpack(job, torch_threads()); });
+  return {values, columns};
+}
+
 std::string cpu_isa() {
   return with_torch_errors("cpu_isa: out of memory", [] { return cpu::active_isa(); });
 }
@@ -69,13 +107,23 @@ STABLE_TORCH_LIBRARY(ferret, library) {
   library.def(
       "apply_blocks_(Tensor(a!)[] params, Tensor blocks, Tensor pieces, Tensor gammas, int[] seeds, float[] weights, "
       "float alpha, int kind) -> ()");
+  library.def(
+      "apply_packed_(Tensor(a!)[] params, Tensor blocks, Tensor pieces, int total, Tensor codes, Tensor scales, "
+      "int bits, int choice, int[] seeds, float[] weights, float alpha, int kind) -> ()");
+  library.def("pack(Tensor gammas, Tensor blocks, int total, int bits, int choice) -> (Tensor, Tensor)");
+  library.def(
+      "unpack(Tensor codes, Tensor scales, Tensor blocks, int total, int bits, int choice) -> (Tensor, Tensor)");
   library.def("basis_(Tensor(a!) out, int seed, int k, int kind, int offset, int numel) -> ()");
   library.def("cpu_isa() -> str");
   library.def("set_cpu_isa(str name) -> ()");
   library.def("threads_in_use() -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ferret, CPU, library) { Operators<Cpu>::implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(ferret, CPU, library) {
+  Operators<Cpu>::implement(library);
+  library.impl("pack", TORCH_BOX(&pack));
+  library.impl("unpack", TORCH_BOX(&unpack));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(ferret, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));

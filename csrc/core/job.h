@@ -4,6 +4,7 @@
 
 #include "block_plan.h"
 #include "half.h"
+#include "packed.h"
 
 namespace ferret {
 
@@ -39,18 +40,39 @@ struct Update {
   double weight;
 };
 
-// param += alpha * sum_i weight_i V_i gamma_i, or, with `overwrite`, param = that.
+// param += alpha * sum_i weight_i V_i gamma_i, or, with `overwrite`, param = that. Blocks count their coordinates; where these
+// are packed with a choice, a basis has 2^choice times as many columns.
 struct ApplyJob {
   Plan plan;
   const TensorRef* params;  // [T]
   const Update* updates;    // [N]
   int64_t num_updates;
-  const void* gammas;  // [N, K], working precision
-  int64_t total;       // K
+  AllGammas gammas;
+  int64_t total;  // K
   Basis basis;
   double alpha;
   bool wide;
   bool overwrite;
+};
+
+// Coordinates as codes: of every 2^choice candidates the one of the largest magnitude. Only the CPU does this and its inverse.
+struct PackJob {
+  const Block* blocks;  // [L]; columns and start count codes
+  int64_t num_blocks;
+  int64_t total;        // K
+  const float* gammas;  // [K 2^choice]
+  Packing packing;
+  uint8_t* codes;  // [packing.bytes(K)]
+  float* scales;   // [L]
+};
+
+struct UnpackJob {
+  const Block* blocks;  // [L]
+  int64_t num_blocks;
+  int64_t total;     // K
+  AllGammas packed;  // of one update
+  float* values;     // [K]
+  int64_t* columns;  // [K], within the block's basis
 };
 
 // out[i] = v_k[offset + i], column k of a block of `numel` elements.

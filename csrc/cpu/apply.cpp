@@ -25,22 +25,25 @@ int largest_exponent(const Real* x, int64_t n) {
 }
 
 template <class Real>
-Coordinates<Real> to_coordinates(const Real* gamma, int64_t columns) {
+Coordinates<Real> to_coordinates(const Gammas<Real>& gammas, int64_t columns) {
   constexpr int limit = Working<Real>::max_block_exponent;
   Coordinates<Real> result;
+  std::vector<Real> gamma(columns);
+  for (int64_t k = 0; k < columns; ++k) gamma[k] = gammas.value(k);
   result.groups.resize((columns + kGroup - 1) / kGroup);
-  const int exponent = largest_exponent(gamma, columns);
+  const int exponent = largest_exponent(gamma.data(), columns);
   if (exponent == std::numeric_limits<int>::min()) return result;
   result.exponent = clamp(exponent, -limit, limit);
   for (int64_t first = 0; first < columns; first += kGroup) {
     Group<Real>& group = result.groups[first / kGroup];
     const int64_t count = std::min<int64_t>(kGroup, columns - first);
-    const int n = std::max(largest_exponent(gamma + first, count), result.exponent - Working<Real>::group_range);
+    const int n = std::max(largest_exponent(gamma.data() + first, count), result.exponent - Working<Real>::group_range);
     const Scale<Real> scale(kCoordinateBits, n);
     for (int64_t k = 0; k < count; ++k) {
       const Limbs limbs = to_fixed_point(scale(gamma[first + k]), kCoordinateBits);
       group.c[0][k] = limbs.hi;
       if constexpr (Working<Real>::limbs == 2) group.c[1][k] = limbs.lo;
+      group.column[k] = gammas.column(first + k);
     }
     group.scale = power_of_two(n - kCoordinateBits - result.exponent, Real());
   }
@@ -58,12 +61,13 @@ struct BlockUpdates {
 };
 
 template <class Real>
-BlockUpdates<Real> prepare(const ApplyJob& job, const Block& block) {
+BlockUpdates<Real> prepare(const ApplyJob& job, int64_t b) {
+  const Block& block = job.plan.blocks[b];
   BlockUpdates<Real> result;
-  const Real* gammas = static_cast<const Real*>(job.gammas) + block.start;
   int exponent = job.num_updates == 0 ? 0 : -Working<Real>::max_block_exponent;
   for (int64_t i = 0; i < job.num_updates; ++i) {
-    result.coordinates.push_back(to_coordinates(gammas + i * job.total, block.columns));
+    const auto gammas = job.gammas.of<Real>(i, job.total, b, job.plan.num_blocks, block.start);
+    result.coordinates.push_back(to_coordinates(gammas, block.columns));
     exponent = std::max(exponent, result.coordinates.back().exponent);
   }
   for (int64_t i = 0; i < job.num_updates; ++i) {
@@ -112,8 +116,13 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
 
 template <class Real>
 bool all_finite(const ApplyJob& job) {
-  const Real* gammas = static_cast<const Real*>(job.gammas);
-  return std::all_of(gammas, gammas + job.num_updates * job.total, [](Real x) { return std::isfinite(x); });
+  if (job.gammas.values != nullptr) {
+    const Real* gammas = static_cast<const Real*>(job.gammas.values);
+    return std::all_of(gammas, gammas + job.num_updates * job.total, [](Real x) { return std::isfinite(x); });
+  }
+  const float largest = static_cast<float>(job.gammas.packing.largest_level());
+  return std::all_of(job.gammas.scales, job.gammas.scales + job.num_updates * job.plan.num_blocks,
+                     [=](float scale) { return std::isfinite(scale * largest); });
 }
 
 // What cannot be rebuilt is NaN, as in project.
@@ -140,7 +149,7 @@ bool apply_in(const ApplyJob& job, const Threads& threads) {
   }
   const auto pieces = pieces_by_block(job.plan);
   std::vector<BlockUpdates<Real>> blocks(job.plan.num_blocks);
-  for_each_task(threads, job.plan.num_blocks, [&](int64_t b) { blocks[b] = prepare<Real>(job, job.plan.blocks[b]); });
+  for_each_task(threads, job.plan.num_blocks, [&](int64_t b) { blocks[b] = prepare<Real>(job, b); });
   int64_t count = 0;
   for (int64_t b = 0; b < job.plan.num_blocks; ++b) {
     blocks[b].pieces = pieces[b];

@@ -25,6 +25,9 @@ bool apply(const ApplyJob& job, const Threads& threads);
 
 void basis(const BasisJob& job, const Threads& threads);
 
+void pack(const PackJob& job, const Threads& threads);
+void unpack(const UnpackJob& job, const Threads& threads);
+
 // The exclusive or of all words of the calls [0, calls) of the columns [0, columns) of a rademacher basis: how fast the active path
 // makes random words and nothing else, the yardstick of the benchmarks.
 uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls);

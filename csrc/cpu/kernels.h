@@ -85,10 +85,11 @@ struct RunProduct {
   double* sums;  // [count]; receives += each tile's value of each column, tile by tile
 };
 
-// One group of 64 columns as integers: g ~ (c[0] + c[1] * 2^-23) * scale, in units of the block's power of two.
+// One group of up to 64 columns as integers: g ~ (c[0] + c[1] * 2^-23) * scale, in units of the block's power of two.
 template <class Real>
 struct Group {
   int32_t c[Working<Real>::limbs][kGroup];
+  uint32_t column[kGroup];  // of the basis
   Real scale;
 };
 

@@ -67,7 +67,7 @@ void sum_call(const SpanSum<Real>& s, uint64_t t, Real* sums) {
     const int columns = static_cast<int>(clamp<int64_t>(s.columns - first, 0, kGroup));
     Words words[kGroup];
     for (int k = 0; k < columns; ++k) {
-      words[k] = stream_words(s.stream.seed, s.stream.basis, t, static_cast<uint32_t>(first + k));
+      words[k] = stream_words(s.stream.seed, s.stream.basis, t, s.groups[first / kGroup].column[k]);
     }
     for (int i = 0; i < e; ++i) {
       int32_t integers[kGroup];

@@ -231,7 +231,7 @@ void sum_columns_of(const SpanSum<Real>& s) {
   for (int64_t g = 0; g < groups; ++g) {
     const int columns = static_cast<int>(s.columns - g * kGroup < kGroup ? s.columns - g * kGroup : kGroup);
     for (int k = 0; k < (columns + 3) / 4 * 4; ++k) {
-      column[k] = {keys, first_call, One{static_cast<uint32_t>(g * kGroup + k)}};
+      column[k] = {keys, first_call, One{s.groups[g].column[k]}};
     }
     const BasisGroup<V, Real> group(s.groups[g], columns);
     for (int begin = first_step; begin < last_step; begin += step) {

@@ -45,6 +45,13 @@ struct Chunk {
   static constexpr int shared_calls = basis == Basis::gaussian ? 1 : kWarp * kCallsPerSpan<basis>;
   alignas(16) Words words[shared_calls];  // [column][call]; a gaussian lane makes its own
   alignas(16) int32_t c[Working<Real>::limbs][kWarp];
+  uint32_t column[kWarp];
+};
+
+// The coordinates of an update and block.
+struct Integers {
+  const int32_t* limbs[2];
+  const uint32_t* columns;
 };
 
 struct Columns {
@@ -55,16 +62,18 @@ struct Columns {
 };
 
 template <Basis basis, class Real>
-__device__ __forceinline__ void fill(const Columns& columns, const int32_t* const (&integers)[2], int lane,
+__device__ __forceinline__ void fill(const Columns& columns, const Integers& integers, int lane,
                                      Chunk<basis, Real>& chunk) {
+  const bool used = lane < columns.count;
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
-    chunk.c[limb][lane] = lane < columns.count ? integers[limb][columns.first + lane] : 0;
+    chunk.c[limb][lane] = used ? integers.limbs[limb][columns.first + lane] : 0;
   }
+  chunk.column[lane] = used ? integers.columns[columns.first + lane] : 0;
   if constexpr (basis != Basis::gaussian) {
     constexpr int calls = kCallsPerSpan<basis>;
+    if constexpr (calls > 1) __syncwarp();  // a lane reads what others wrote
     for (int i = lane; i < columns.count * calls; i += kWarp) {
-      const auto column = static_cast<uint32_t>(columns.first + i / calls);
-      chunk.words[i] = stream_words(columns.seed, basis, columns.span * calls + i % calls, column);
+      chunk.words[i] = stream_words(columns.seed, basis, columns.span * calls + i % calls, chunk.column[i / calls]);
     }
   }
 }
@@ -75,7 +84,7 @@ template <Basis basis, class Real>
 __device__ __forceinline__ void owned_raw(const Columns& columns, const Chunk<basis, Real>& chunk, int k, int lane,
                                           int32_t (&raw)[kOwned]) {
   if constexpr (basis == Basis::gaussian) {
-    owned_integers<basis>(columns.seed, columns.span, static_cast<uint32_t>(columns.first + k), lane, raw);
+    owned_integers<basis>(columns.seed, columns.span, chunk.column[k], lane, raw);
   } else if constexpr (basis == Basis::uniform) {
     const uint32_t word = chunk.words[k * kCallsPerSpan<basis> + lane / 4].w[lane % 4];
 #pragma unroll
@@ -113,7 +122,7 @@ __device__ __forceinline__ void add_chunk(const Columns& columns, const Chunk<ba
 
 // G of the lane's elements, for the group of columns that starts at `first`.
 template <Basis basis, class Real>
-__device__ __forceinline__ void sum_group(Columns columns, int64_t end, const int32_t* const (&integers)[2], int lane,
+__device__ __forceinline__ void sum_group(Columns columns, int64_t end, const Integers& integers, int lane,
                                           Chunk<basis, Real>& chunk, Real (&group)[kOwned]) {
   constexpr int limbs = Working<Real>::limbs;
   int64_t raw[limbs][kOwned] = {};
@@ -143,7 +152,8 @@ template <Basis basis, class Real>
 __device__ __forceinline__ void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update, uint64_t span,
                                            int lane, Chunk<basis, Real>& chunk, Real (&sum)[kOwned]) {
   const int64_t base = update * p.total + block.block.start;
-  const int32_t* const integers[2] = {p.coordinates.integers[0] + base, p.coordinates.integers[1] + base};
+  const Coordinates& c = p.coordinates;
+  const Integers integers = {{c.integers[0] + base, c.integers[1] + base}, c.columns + base};
   const Real* scales = static_cast<const Real*>(p.coordinates.scales) + update * p.num_groups + block.first_group;
   Real run[kOwned] = {};
   for (int64_t first = 0, g = 0; first < block.block.columns; first += kGroup, ++g) {
@@ -238,6 +248,7 @@ Coordinates lay_out_coordinates(const ApplyJob& job, int64_t groups, Workspace& 
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
     result.integers[limb] = workspace.room<int32_t>(job.num_updates * job.total);
   }
+  result.columns = workspace.room<uint32_t>(job.num_updates * job.total);
   result.scales = workspace.room<Real>(job.num_updates * groups);
   result.exponents = workspace.room<int32_t>(job.num_updates * job.plan.num_blocks);
   result.weights = workspace.room<Real>(job.num_updates * job.plan.num_blocks);

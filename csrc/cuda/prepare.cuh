@@ -9,6 +9,7 @@ namespace ferret::cuda {
 // Shapes: L blocks, N updates, K coordinates, S groups of all blocks together.
 struct Coordinates {
   int32_t* integers[2];  // [N, K] each limb
+  uint32_t* columns;     // [N, K], of the basis
   void* scales;          // [N, S] working precision, in units of 2^(n* of update and block)
   int32_t* exponents;    // [N, L], n*
   void* weights;         // [N, L] working precision, in units of 2^N of the block
@@ -22,7 +23,7 @@ struct PrepareParams {
   int64_t num_blocks;
   const Update* updates;  // [N]
   int64_t num_updates;
-  const void* gammas;  // [N, K] working precision
+  AllGammas gammas;
   int64_t total;       // K
   int64_t num_groups;  // S
   Basis basis;
@@ -42,11 +43,11 @@ __device__ inline int max_of_cta(int n) {
   return n;
 }
 
-// The largest exponent among x[from], x[from + step], .. below count.
+// The largest exponent among coordinates from, from + step, .. below count.
 template <class Real>
-__device__ __forceinline__ int largest_exponent(const Real* x, int64_t from, int64_t step, int64_t count) {
+__device__ __forceinline__ int largest_exponent(const Gammas<Real>& gammas, int64_t from, int64_t step, int64_t count) {
   int n = kZeroExponent;
-  for (int64_t k = from; k < count; k += step) n = max(n, exponent_or_zero(x[k]));
+  for (int64_t k = from; k < count; k += step) n = max(n, exponent_or_zero(gammas.value(k)));
   return n;
 }
 
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(PrepareParams p) {
     const int64_t update = item / p.num_blocks, b = item % p.num_blocks;
     const Block& block = p.blocks[b];
     const int64_t base = update * p.total + block.start;
-    const Real* gamma = static_cast<const Real*>(p.gammas) + base;
-    const int largest = max_of_cta(largest_exponent(gamma, tid, kThreads, block.columns));
+    const auto gammas = p.gammas.of<Real>(update, p.total, b, p.num_blocks, block.start);
+    const int largest = max_of_cta(largest_exponent(gammas, tid, kThreads, block.columns));
     const int block_exponent = largest == kZeroExponent ? 0 : clamp(largest, -limit, limit);
     if (tid == 0) {
       p.to.exponents[item] = block_exponent;
@@ -69,14 +70,15 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(PrepareParams p) {
     Real* scales = static_cast<Real*>(p.to.scales) + update * p.num_groups + p.first_group[b];
     for (int64_t first = tid / kWarp * kGroup; first < block.columns; first += kWarps * kGroup) {
       const int64_t end = min(first + kGroup, block.columns);
-      int n = __reduce_max_sync(kAllLanes, largest_exponent(gamma, first + lane, kWarp, end));
+      int n = __reduce_max_sync(kAllLanes, largest_exponent(gammas, first + lane, kWarp, end));
       n = clamp(n, block_exponent - Working<Real>::group_range, Limits<Real>::max_exponent);
       if (lane == 0) scales[first / kGroup] = power_of_two(n - kCoordinateBits - block_exponent, Real());
       const Scale<Real> scale(kCoordinateBits, n);
       for (int64_t k = first + lane; k < end; k += kWarp) {
-        const Limbs c = to_fixed_point(scale(gamma[k]), kCoordinateBits);
+        const Limbs c = to_fixed_point(scale(gammas.value(k)), kCoordinateBits);
         p.to.integers[0][base + k] = c.hi;
         if constexpr (Working<Real>::limbs == 2) p.to.integers[1][base + k] = c.lo;
+        p.to.columns[base + k] = gammas.column(k);
       }
     }
   }

@@ -116,6 +116,11 @@ class TrainingConfig:
     torch_compile: bool = option(False, "compiles the model for local training")
 
 
+Coordinates = Literal[
+    "float32", "float16", "int8", "int4", "int2", "int1", "choice4", "choice8", "choice10", "choice12"
+]
+
+
 @dataclass(frozen=True)
 class FerretConfig:
     """How an update is projected (arXiv 2409.06277, section 3)."""
@@ -132,14 +137,19 @@ class FerretConfig:
         "reference-code packed",
         at_least=1,
     )
-    allocation: Literal["size", "equal", "norm", "sqrt-norm", "mse"] = option(
-        "size", "how K is shared out among the blocks; norms are those of the last round"
+    allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"] = option(
+        "curvature",
+        "how K is shared out among the blocks; norms are those of the last round, and before the "
+        "first one sqrt-size",
     )
     basis: Literal["auto", "rademacher", "uniform", "gaussian"] = option(
         "auto", "entries of the random bases; auto: rademacher, for reference-code uniform"
     )
-    coordinates: Literal["float32", "float16", "int8", "int4", "int2", "int1"] = option(
-        "float32", "how a client sends its coordinates; all but float32 have a scale a block beside them"
+    coordinates: Literal["auto", Coordinates] = option(
+        "auto",
+        "how a client sends its coordinates: intB as levels of B bits; choiceC as the sign and the number, "
+        "in C + 1 bits, of the largest of 2^C candidates, of which 2^C times as many are projected; auto: "
+        "choice8, for shared-round int8, for reference-code float32",
     )
     seeds: Literal["per-client", "shared-round"] = option(
         "per-client",
@@ -162,6 +172,15 @@ class FerretConfig:
         if self.granularity == "auto":
             return "tensor" if self.mode == "paper" else "packed"
         return self.granularity
+
+    @property
+    def chosen_coordinates(self) -> Coordinates:
+        """`coordinates`, auto resolved."""
+        if self.coordinates != "auto":
+            return self.coordinates
+        if self.mode == "reference-code":
+            return "float32"
+        return "choice8" if self.seeds == "per-client" else "int8"
 
     @property
     def chosen_basis(self) -> Literal["rademacher", "uniform", "gaussian"]:
@@ -418,10 +437,15 @@ def _check_together(config: SimulationConfig) -> None:
             f"dataset.max_prompt_length: expected less than dataset.max_length, which is "
             f"{config.dataset.max_length}, got {limit}"
         )
-    if config.ferret.coordinates != "float32" and config.ferret.mode == "reference-code":
+    if config.ferret.mode == "reference-code" and config.ferret.chosen_coordinates != "float32":
         raise ConfigError(
             f"ferret.coordinates: expected float32 where ferret.mode is reference-code, got "
             f"{config.ferret.coordinates}"
+        )
+    if config.ferret.seeds == "shared-round" and config.ferret.coordinates.startswith("choice"):
+        raise ConfigError(
+            "ferret.coordinates: expected floats or levels where ferret.seeds is shared-round, since clients "
+            f"would choose different columns, got {config.ferret.coordinates}"
         )
     if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
         raise ConfigError(

@@ -2,106 +2,123 @@
 
     float32   gammas float32 [K]
     float16   gammas float16 [K], scales float32 [L]: coordinate = scale of its block * gamma, |gamma| <= 1
-    intB      gammas uint8 [ceil(K B / 8)], scales float32 [L]: B-bit codes one after the other, the first in
-              the lowest bits; coordinate = scale * level
+    intB      gammas uint8 [ceil(K B / 8)], scales uint8 [L], unit float: levels of B bits
+    choiceC   gammas uint8 [ceil(K (C + 1) / 8)], scales uint8 [L], unit float: the sign of the largest of
+              2^C candidates, and which one it was
 
-The levels of B bits are the odd numbers from 1 - 2^B to 2^B - 1, code c standing for 2 c + 1 - 2^B. For two
-bits and more the scale is the block's largest magnitude over the largest level, and a coordinate is rounded
-up or down at random, so that its mean over the draws is the coordinate itself. One bit keeps the sign: since
-coordinates of an update are nearly normal with one variance (central limit, d_l large), pi/2 times their mean
-magnitude as scale makes the reconstruction unbiased over bases, as the float one is.
+The codes of the last two are those of `ferret_ext.pack`. A byte c of their scales stands for unit times
+(32 - c mod 16) / 32 * 2^-(c div 16), the nearest one, at most 3% off, and 255 for 0. The unit is the largest
+scale.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from ferret_ext import BlockPlan
-from ferret_ext.federated.wire import Array, Message, Value, WireError
+import ferret_ext
+from ferret_ext import BlockPlan, Packed, Packing
+from ferret_ext.federated.config import Coordinates
+from ferret_ext.federated.wire import Message, Value, WireError
 
-Coordinates = Literal["float32", "float16", "int8", "int4", "int2", "int1"]
 KINDS: tuple[Coordinates, ...] = get_args(Coordinates)
-BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
+PACKINGS: dict[str, Packing] = {
+    **{f"int{bits}": Packing(bits) for bits in (8, 4, 2, 1)},
+    **{f"choice{choice}": Packing(1, choice) for choice in (4, 8, 10, 12)},
+}
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+SHARES: Floats = np.array([(32 - c % 16) / 2.0 ** (5 + c // 16) for c in range(255)] + [0.0], np.float32)
 
 
 def names(kind: Coordinates) -> list[str]:
     """Of the values that `write` gives."""
+    if kind in PACKINGS:
+        return ["gammas", "scales", "unit"]
     return ["gammas"] if kind == "float32" else ["gammas", "scales"]
 
 
-def write(gammas: Floats, plan: BlockPlan, kind: Coordinates, seed: int) -> dict[str, Value]:
-    """The values of a message for coordinates float32 [K]. seed: of the random rounding."""
-    if kind == "float32":
-        return {"gammas": gammas}
-    if kind == "float16":
-        scales = _largest(gammas, plan)
-        return {"gammas": (gammas / _each(_or_one(scales), plan)).astype(np.float16), "scales": scales}
-    bits = BITS[kind]
-    scales = _largest(gammas, plan) / np.float32(2**bits - 1) if bits > 1 else _mean_magnitude(gammas, plan)
-    codes = _codes(gammas / _each(_or_one(scales), plan), bits, seed)
-    return {"gammas": _pack(codes, bits), "scales": scales}
+def candidates(plan: BlockPlan, kind: Coordinates) -> BlockPlan:
+    """The plan that updates are projected with, of which `write` keeps `plan.K` coordinates.
+
+    Raises ValueError for more than 2^32 - 1 columns in a block.
+    """
+    return PACKINGS[kind].candidates(plan) if kind in PACKINGS else plan
 
 
-def read(message: Message, plan: BlockPlan, kind: Coordinates) -> Floats:
-    """Coordinates float32 [K] of a message; WireError if they do not fit the plan and kind."""
+def write(gammas: Tensor, plan: BlockPlan, kind: Coordinates) -> dict[str, Value]:
+    """The values of a message for coordinates float32 of `candidates(plan, kind)`."""
+    if kind in PACKINGS:
+        packed = ferret_ext.pack(plan, gammas, PACKINGS[kind])
+        unit = float(packed.scales.max())
+        return {
+            "gammas": packed.codes.numpy(),
+            "scales": _to_bytes(packed.scales.numpy(), unit),
+            "unit": unit,
+        }
+    floats: Floats = gammas.detach().float().cpu().numpy()
     if kind == "float32":
-        return message.array("gammas", "<f4", (plan.K,))
+        return {"gammas": floats}
+    scales = np.maximum.reduceat(np.abs(floats), plan.starts)
+    divisors = np.where(scales == 0, np.float32(1), scales)
+    return {"gammas": (floats / _each(divisors, plan)).astype(np.float16), "scales": scales}
+
+
+def blank(plan: BlockPlan, kind: Coordinates) -> dict[str, Value]:
+    """Values of the shapes that `write` gives."""
+    if kind not in PACKINGS:
+        return write(torch.zeros(plan.K), plan, kind)
+    codes = np.zeros(PACKINGS[kind].code_bytes(plan.K), np.uint8)
+    return {"gammas": codes, "scales": np.zeros(len(plan.blocks), np.uint8), "unit": 0.0}
+
+
+def read(message: Message, plan: BlockPlan, kind: Coordinates) -> Tensor | Packed:
+    """The coordinates of a message, as `ferret_ext.apply_` takes them; WireError if they do not fit."""
+    if kind in PACKINGS:
+        return _read_packed(message, plan, PACKINGS[kind])
+    if kind == "float32":
+        return torch.from_numpy(message.array("gammas", "<f4", (plan.K,)).copy())
     scales = message.array("scales", "<f4", (len(plan.blocks),))
     if (scales < 0).any():
         raise WireError(f"{message.algorithm}: {message.sender} must have scales >= 0, got {scales.min()}")
-    if kind == "float16":
-        levels = message.array("gammas", "<f2", (plan.K,)).astype(np.float32)
-    else:
-        bits = BITS[kind]
-        packed = message.array("gammas", "u1", ((plan.K * bits + 7) // 8,))
-        levels = 2 * _unpack(packed, bits, plan.K).astype(np.float32) - np.float32(2**bits - 1)
     with np.errstate(over="ignore"):
-        gammas = levels * _each(scales, plan)
-    if not np.isfinite(gammas).all():
+        floats = message.array("gammas", "<f2", (plan.K,)).astype(np.float32) * _each(scales, plan)
+    if not np.isfinite(floats).all():
         raise WireError(f"{message.algorithm}: {message.sender} must have finite coordinates")
-    return gammas
+    return torch.from_numpy(floats)
 
 
-def _codes(scaled: Floats, bits: int, seed: int) -> npt.NDArray[np.uint8]:
-    """The codes [K] of coordinates over their scales. The one below, or above as often as it is nearer."""
-    if bits == 1:
-        return (scaled >= 0).astype(np.uint8)
-    place = (scaled.astype(np.float64) + (2**bits - 1)) / 2  # codes are whole numbers here
-    below = np.floor(place)
-    draws = np.random.Generator(np.random.PCG64(seed)).random(len(place))
-    codes: npt.NDArray[np.uint8] = np.clip(below + (draws < place - below), 0, 2**bits - 1).astype(np.uint8)
-    return codes
+def values(plan: BlockPlan, gammas: Tensor | Packed) -> Floats:
+    """Coordinates float32 [K], whatever columns they are of."""
+    floats = ferret_ext.unpack(plan, gammas)[0] if isinstance(gammas, Packed) else gammas
+    result: Floats = floats.numpy()
+    return result
 
 
-def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Codes of so many bits one after the other, the first in the lowest bits of the first byte."""
-    each = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits]
-    return np.packbits(each.reshape(-1), bitorder="little")
+def _read_packed(message: Message, plan: BlockPlan, packing: Packing) -> Packed:
+    codes = message.array("gammas", "u1", (packing.code_bytes(plan.K),))
+    shares = SHARES[message.array("scales", "u1", (len(plan.blocks),))]
+    unit, largest = message.value("unit", float), float(np.finfo(np.float32).max) / 2**packing.bits
+    if not 0 <= unit <= largest:  # nor NaN
+        who = f"{message.algorithm}: {message.sender}"
+        raise WireError(f"{who} must have a unit in [0, {largest:.6g}], got {unit}")
+    return Packed(torch.from_numpy(codes.copy()), torch.from_numpy(shares * np.float32(unit)), packing)
 
 
-def _unpack(packed: Array, bits: int, count: int) -> npt.NDArray[np.uint8]:
-    each = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
-    return np.packbits(each, axis=1, bitorder="little")[:, 0]
-
-
-def _largest(gammas: Floats, plan: BlockPlan) -> Floats:
-    return np.maximum.reduceat(np.abs(gammas), plan.starts)
-
-
-def _mean_magnitude(gammas: Floats, plan: BlockPlan) -> Floats:
-    """pi/2 times the mean magnitude of each block's coordinates."""
-    sums = np.add.reduceat(np.abs(gammas).astype(np.float64), plan.starts)
-    return (np.pi / 2 * sums / [block.k for block in plan.blocks]).astype(np.float32)
-
-
-def _or_one(scales: Floats) -> Floats:
-    """The scales, 1 for those that are 0, whose coordinates are 0 too."""
-    return np.where(scales == 0, np.float32(1), scales)
+def _to_bytes(scales: Floats, unit: float) -> Bytes:
+    """The byte of the nearest share of the unit."""
+    wanted = scales.astype(np.float64) / (unit or 1.0)
+    rising = SHARES[::-1].astype(np.float64)
+    above = np.searchsorted(rising, wanted).clip(1, len(rising) - 1)
+    nearer_below = wanted - rising[above - 1] < rising[above] - wanted
+    places: Bytes = (len(rising) - 1 - (above - nearer_below)).astype(np.uint8)
+    return places
 
 
 def _each(scales: Floats, plan: BlockPlan) -> Floats:

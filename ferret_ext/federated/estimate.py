@@ -16,7 +16,7 @@ import numpy as np
 
 from ferret_ext.federated import coordinates, models, wire
 from ferret_ext.federated.algorithms.base import stream_contract, trainable
-from ferret_ext.federated.algorithms.ferret import BY_NORM, Ferret, SharedFerret
+from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret, first_plan
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
 from ferret_ext.federated.algorithms.plans import make_plan
 from ferret_ext.federated.config import SimulationConfig
@@ -87,8 +87,7 @@ def plan_of(config: SimulationConfig, model: Any) -> BlockPlan | None:
         return None
     ferret = config.ferret
     if ferret.mode == "paper":
-        by_norm = ferret.allocation in BY_NORM
-        return make_plan(model, ferret.K, ferret.chosen_granularity, "size" if by_norm else ferret.allocation)
+        return first_plan(ferret, model)
     plan = make_plan(model, None, ferret.chosen_granularity, "equal")
     return plan.with_allocation("equal", ferret.K * len(plan.blocks))
 
@@ -111,8 +110,7 @@ def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None) -> int
         first: dict[str, Any] = {"contract": stream_contract(config.ferret.chosen_basis), "seed": LARGE}
         if algorithm == FerretReference.name:
             return _size(algorithm, {**first, "counts": (4, len(plan.blocks)), "gammas": (4, plan.K)})
-        zeros = np.zeros(plan.K, np.float32)
-        return _size(algorithm, {**first, **coordinates.write(zeros, plan, config.ferret.coordinates, 0)})
+        return _size(algorithm, {**first, **coordinates.blank(plan, config.ferret.chosen_coordinates)})
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
         steps, directions = given(chosen.steps), given(chosen.perturbations)

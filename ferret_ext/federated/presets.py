@@ -59,6 +59,7 @@ _FERRETS: dict[str, list[Setting]] = {
     ],
     SHARED_ROUND: [("algorithm", "ferret"), ("ferret.mode", "paper"), ("ferret.seeds", "shared-round")],
 }
+_FLOATS = {"coordinates": "float32", "allocation": "size"}  # the method as published, but for 16 bits
 _ZEROTH_ORDER = {"perturbation": "in_place", "learning_rate": 1e-4}
 _SCALAR_ROUNDS = {"per_device_train_batch_size": 4}
 _SMALL: dict[str, Any] = {
@@ -84,7 +85,7 @@ _SMALL: dict[str, Any] = {
             "zeroth_order": {**_ZEROTH_ORDER, "learning_rate": 3e-2, "perturbations": 10},
         },
         "fedavg": {},
-        "ferret": {"server_learning_rate": 0.4, "ferret": {"K": 4096}},
+        "ferret": {"server_learning_rate": 0.4, "ferret": {"K": 4096, **_FLOATS}},
         REFERENCE_CODE: {"server_learning_rate": 3.0, "ferret": {"K": 256}},
     },
 }
@@ -134,7 +135,7 @@ def _paper(
                 "rounds": ferret_rounds,
                 "server_learning_rate": server / 6,
                 "training": {"learning_rate": rate},
-                "ferret": {"allocation": "norm", "granularity": "packed"},
+                "ferret": {"allocation": "norm", "granularity": "packed", "coordinates": "float16"},
             },
             REFERENCE_CODE: {
                 "rounds": ferret_rounds,
@@ -176,7 +177,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "optim": "adam",
             "learning_rate": 0.003,
         },
-        "ferret": {"K": 4096, "granularity": "packed"},
+        "ferret": {"K": 4096, "granularity": "packed", **_FLOATS},
         "evaluation": {"max_samples": 150, "per_device_eval_batch_size": 16},
     },
     # The paper's three clients. A short prompt, because the Alpaca one takes 95 of 512 positions.

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"FRET"
-VERSION = 4
+VERSION = 5
 DIGEST_BYTES = 8
 NO_DIGEST = bytes(DIGEST_BYTES)
 MAX_HEAD = 1 << 20  # bytes

@@ -126,9 +126,10 @@ int block_exponent(const std::vector<Real>& gamma) {
   return largest == 0 ? 0 : std::clamp(exponent(largest), -limit, limit);
 }
 
-// H of the elements [offset, offset + count) in units of 2^n*.
+// H of the elements [offset, offset + count) in units of 2^n*. Coordinate k is of column ids[k], or k where ids is null.
 template <class Real>
-std::vector<Real> sum_columns(const std::vector<Real>& gamma, Stream stream, uint64_t offset, int64_t count) {
+std::vector<Real> sum_columns(const std::vector<Real>& gamma, const uint32_t* ids, Stream stream, uint64_t offset,
+                              int64_t count) {
   const int n_star = block_exponent(gamma);
   const auto columns = static_cast<int64_t>(gamma.size());
   std::vector<Real> h(count), H(count);
@@ -140,7 +141,7 @@ std::vector<Real> sum_columns(const std::vector<Real>& gamma, Stream stream, uin
     const int n = largest == 0 ? lowest : std::max(exponent(largest), lowest);
     for (int64_t k = first; k < end; ++k) {
       const Limbs c = to_integers(gamma[k], n, 23);
-      Column column(stream, static_cast<uint32_t>(k));
+      Column column(stream, ids == nullptr ? static_cast<uint32_t>(k) : ids[k]);
       for (int64_t i = 0; i < count; ++i) {
         const int32_t b = column[offset + i];
         hi[i] += int64_t{c.hi} * b;
@@ -165,6 +166,7 @@ struct Received {
   uint64_t seed;
   double weight;
   std::vector<Real> gamma;
+  const uint32_t* columns = nullptr;  // [K] of the basis, where they are not 0, 1, ..
 };
 
 // x += alpha * sum_i w_i V_i gamma_i, in the working precision.
@@ -175,7 +177,8 @@ void apply(std::vector<Real>& x, uint64_t offset, uint64_t d, Basis basis, doubl
   for (const auto& update : updates) N = std::max(N, block_exponent(update.gamma));
   std::vector<Real> T(x.size());
   for (const auto& update : updates) {
-    const auto H = sum_columns(update.gamma, {update.seed, basis}, offset, static_cast<int64_t>(x.size()));
+    const auto H =
+        sum_columns(update.gamma, update.columns, {update.seed, basis}, offset, static_cast<int64_t>(x.size()));
     const auto weight = static_cast<Real>(std::ldexp(update.weight, block_exponent(update.gamma) - N));
     for (size_t i = 0; i < x.size(); ++i) T[i] = std::fma(H[i], weight, T[i]);
   }

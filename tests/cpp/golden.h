@@ -176,7 +176,7 @@ void run_apply(const Record& r, Backend& backend, const std::string& who) {
                                                    &ref,
                                                    updates.data(),
                                                    static_cast<int64_t>(updates.size()),
-                                                   gammas.bytes.data(),
+                                                   {gammas.bytes.data()},
                                                    columns,
                                                    basis_of(r.argument(2)),
                                                    overwrite ? 1.0 : r.real(8),

@@ -159,6 +159,7 @@ void expected_apply(Case& c, const Updates<Real>& updates, Basis basis, double a
     for (const auto& update : updates) {
       const auto from = update.gamma.begin() + block.start;
       of_block.push_back({update.seed, update.weight, {from, from + block.columns}});
+      if (update.columns != nullptr) of_block.back().columns = update.columns + block.start;
     }
     uint64_t offset;
     auto x = gather<Real>(c, b, &offset, [&](int64_t t, int64_t i) {

@@ -52,7 +52,7 @@ static std::vector<char> apply(OddPlan odd, bool wide, Basis basis, int count) {
   const auto params = OddPlan::refs(odd.old_tensors);
   golden::Array gammas = golden::input(wide ? Dtype::float64 : Dtype::float32, 2 * 73, 5);
   const Update updates[] = {{7, 0.25}, {8, -1.5}};
-  check(cpu::apply({odd.plan(), params.data(), updates, 2, gammas.bytes.data(), 73, basis, -0.7, wide, false},
+  check(cpu::apply({odd.plan(), params.data(), updates, 2, {gammas.bytes.data()}, 73, basis, -0.7, wide, false},
                    threads(count)),
         "apply on a plan");
   std::vector<char> result;
@@ -120,7 +120,7 @@ static void test_largest_integers() {
           const TensorRef param = rebuilt.ref();
           cpu::set_isa(isa);
           cpu::project({plan, &delta, nullptr, {8, basis}, wide, gamma.bytes.data()}, threads(1));
-          cpu::apply({plan, &param, &update, 1, gammas.bytes.data(), 256, basis, 1.0, wide, true}, threads(1));
+          cpu::apply({plan, &param, &update, 1, {gammas.bytes.data()}, 256, basis, 1.0, wide, true}, threads(1));
           if (isa == "scalar") {
             expected[0] = gamma;
             expected[1] = rebuilt;
@@ -187,7 +187,7 @@ static void test_every_number_of_columns() {
       const TensorRef now = delta.ref(), target = param.ref();
       cpu::project({plan, &now, nullptr, {42, Basis::rademacher}, false, gamma.bytes.data()}, threads(1));
       const Update update = {42, 0.5};
-      cpu::apply({plan, &target, &update, 1, gamma.bytes.data(), columns, Basis::rademacher, -0.7, false, false},
+      cpu::apply({plan, &target, &update, 1, {gamma.bytes.data()}, columns, Basis::rademacher, -0.7, false, false},
                  threads(1));
       if (expected_gamma.empty()) {
         expected_gamma = gamma.bytes;
@@ -228,7 +228,7 @@ static void test_not_finite() {
     gammas.set(72, std::nan(""));
     const Update update = {7, 1.0};
     const bool done = cpu::apply(
-        {target.plan(), params.data(), &update, 1, gammas.bytes.data(), 73, Basis::rademacher, 1.0, false, false},
+        {target.plan(), params.data(), &update, 1, {gammas.bytes.data()}, 73, Basis::rademacher, 1.0, false, false},
         threads(2));
     bool same = true;
     const OddPlan fresh(false);

@@ -23,7 +23,8 @@ static void test_end_of_stream(Basis basis, int64_t columns, const std::string& 
   check(gamma == cases::expected_gamma<Real>(c, nullptr, {6, basis}), "project at the end of the stream: " + name);
   cases::Case expected = c;
   const Update update = {6, 1.0};
-  cpu::apply({c.plan(), refs.data(), &update, 1, gamma.data(), columns, basis, 0.5, wide, false}, testing::threads(2));
+  cpu::apply({c.plan(), refs.data(), &update, 1, {gamma.data()}, columns, basis, 0.5, wide, false},
+             testing::threads(2));
   cases::expected_apply<Real>(expected, {{6, 1.0, gamma}}, basis, 0.5, false);
   check(cases::same_bits(c, expected), "apply at the end of the stream: " + name);
 

@@ -53,7 +53,8 @@ static void test_elements(Dtype dtype, int64_t start, int count) {
   cpu::project({plan, &ref, nullptr, {5, Basis::rademacher}, wide, gamma.data()}, testing::threads(count));
   check(gamma == cases::expected_gamma<Real>(alone, nullptr, {5, Basis::rademacher}), "project: " + name);
   const Update update = {5, 1.0};
-  cpu::apply({plan, &ref, &update, 1, gamma.data(), 9, Basis::rademacher, -0.5, wide, false}, testing::threads(count));
+  cpu::apply({plan, &ref, &update, 1, {gamma.data()}, 9, Basis::rademacher, -0.5, wide, false},
+             testing::threads(count));
   cases::expected_apply<Real>(alone, {{5, 1.0, gamma}}, Basis::rademacher, -0.5, false);
   check(std::memcmp(huge.at(start), alone.refs()[0].data, bytes) == 0, "apply: " + name);
   const std::vector<char> zeros(bytes);

@@ -65,7 +65,7 @@ static void test_apply(int count, const std::string& name) {
   for (;; ++allocations) {
     cases::Case params = fresh;
     const auto refs = params.refs();
-    const ApplyJob job = {params.plan(), refs.data(),     rows, 2,    gammas.data(),
+    const ApplyJob job = {params.plan(), refs.data(),     rows, 2,    {gammas.data()},
                           fresh.total(), Basis::gaussian, -0.7, wide, false};
     if (fits(allocations, [&] { cpu::apply(job, threads(count)); })) {
       check(cases::same_bits(params, expected), "apply with enough memory: " + name);

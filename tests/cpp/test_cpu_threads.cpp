@@ -36,7 +36,7 @@ struct Calls {
     const Update updates[] = {{seed, 0.25}, {seed + 1, -1.5}};
     const void* coordinates = wide ? static_cast<const void*>(wide_gammas.data()) : gammas.data();
     const bool done =
-        cpu::apply({params.plan(), refs.data(), updates, 2, coordinates, params.total(), basis, -0.7, wide, false},
+        cpu::apply({params.plan(), refs.data(), updates, 2, {coordinates}, params.total(), basis, -0.7, wide, false},
                    testing::threads(threads));
     if (!done) return {};
     for (const auto& tensor : params.tensors) result.insert(result.end(), tensor.bytes().begin(), tensor.bytes().end());

@@ -101,9 +101,9 @@ struct Device {
 
   static bool apply(const ApplyJob& job) {
     Mirror params(job.params, job.plan);
-    const Buffer gammas(job.gammas, job.num_updates * job.total * (job.wide ? sizeof(double) : sizeof(float)));
+    const Buffer gammas(job.gammas.values, job.num_updates * job.total * (job.wide ? sizeof(double) : sizeof(float)));
     ApplyJob there = job;
-    there.params = params.refs(), there.gammas = gammas.data();
+    there.params = params.refs(), there.gammas.values = gammas.data();
     const size_t bytes = cuda::apply_workspace(there);
     Buffer workspace(bytes);
     must(cuda::apply(there, workspace.data(), bytes, nullptr));
@@ -153,8 +153,16 @@ void test_apply(Case& c, int count, Basis basis, const std::string& what) {
   Case expected = c;
   expected_apply(expected, updates, basis, -0.3, false);
   const auto refs = c.refs();
-  Device::apply({c.plan(), refs.data(), list.data(), static_cast<int64_t>(list.size()), gammas.data(), c.total(), basis,
-                 -0.3, contract::is_wide<Real>, false});
+  Device::apply({c.plan(),
+                 refs.data(),
+                 list.data(),
+                 static_cast<int64_t>(list.size()),
+                 {gammas.data()},
+                 c.total(),
+                 basis,
+                 -0.3,
+                 contract::is_wide<Real>,
+                 false});
   check(same_bits(c, expected), what);
 }
 

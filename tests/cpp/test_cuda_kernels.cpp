@@ -59,7 +59,7 @@ void run_apply(Case& c, const Updates<Real>& updates, Basis basis, double alpha,
     gammas.insert(gammas.end(), update.gamma.begin(), update.gamma.end());
   }
   const auto refs = c.refs();
-  const ApplyJob job = {c.plan(),  refs.data(), list.data(), static_cast<int64_t>(list.size()), gammas.data(),
+  const ApplyJob job = {c.plan(),  refs.data(), list.data(), static_cast<int64_t>(list.size()), {gammas.data()},
                         c.total(), basis,       alpha,       contract::is_wide<Real>,           overwrite};
   auto buffer = workspace_of(cuda::apply_workspace(job));
   check(cuda::apply(job, aligned(buffer), buffer.size() - 256, nullptr).ok(), "apply launches");
@@ -355,6 +355,65 @@ struct Cuda {
   void basis(const BasisJob& job) { run(cuda::basis(job, nullptr)); }
 };
 
+// Codes as the bits of one long number, drawn at random, and what they stand for.
+struct PackedUpdates {
+  Packing packing;
+  std::vector<Update> list;
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  std::vector<std::vector<uint32_t>> columns;
+
+  template <class Real>
+  Updates<Real> draw(const Case& c, int count) {
+    Random random(5);
+    Updates<Real> updates;
+    const int64_t bytes = (c.total() * (packing.bits + packing.choice) + 7) / 8;
+    for (int i = 0; i < count; ++i) {
+      list.push_back({random.bits(), 0.5 - i});
+      updates.push_back({list.back().seed, list.back().weight, {}});
+      columns.emplace_back();
+      const size_t begin = codes.size();
+      for (int64_t at = 0; at < bytes; ++at) codes.push_back(static_cast<uint8_t>(random.bits() >> 40));
+      int64_t bit = 0;
+      const auto next = [&](int bits) {
+        uint32_t value = 0;
+        for (int n = 0; n < bits; ++n, ++bit) value |= (codes[begin + bit / 8] >> bit % 8 & 1u) << n;
+        return value;
+      };
+      for (const Block& block : c.blocks) {
+        scales.push_back(std::ldexp(1.0f + static_cast<float>(random.below(100)), -3 * i));
+        for (int64_t k = 0; k < block.columns; ++k) {
+          const int level = 2 * static_cast<int>(next(packing.bits)) + 1 - (1 << packing.bits);
+          updates.back().gamma.push_back(static_cast<Real>(scales.back() * static_cast<float>(level)));
+          columns.back().push_back(static_cast<uint32_t>(k << packing.choice) + next(packing.choice));
+        }
+      }
+    }
+    for (int i = 0; i < count; ++i) updates[i].columns = columns[i].data();
+    return updates;
+  }
+};
+
+template <class Real>
+void test_apply_packed(Basis basis) {
+  for (const Packing packing :
+       {Packing{1, 0}, Packing{2, 0}, Packing{4, 0}, Packing{8, 0}, Packing{1, 1}, Packing{1, 8}, Packing{1, 16}}) {
+    Case c = packed(contract::is_wide<Real>);
+    c.fill(3);
+    PackedUpdates given = {packing, {}, {}, {}, {}};
+    Case expected = c;
+    expected_apply(expected, given.draw<Real>(c, 2), basis, -0.3, false);
+    const auto refs = c.refs();
+    const AllGammas gammas = {nullptr, given.codes.data(), given.scales.data(), packing};
+    const ApplyJob job = {c.plan(), refs.data(), given.list.data(),       2,    gammas, c.total(),
+                          basis,    -0.3,        contract::is_wide<Real>, false};
+    auto buffer = workspace_of(cuda::apply_workspace(job));
+    check(cuda::apply(job, aligned(buffer), buffer.size() - 256, nullptr).ok(), "apply launches");
+    check(same_bits(c, expected), label<Real>("apply packed", basis) + " bits " + std::to_string(packing.bits) +
+                                      " choice " + std::to_string(packing.choice));
+  }
+}
+
 template <class Real>
 void test_all(Basis basis) {
   test_project_columns<Real>(basis);
@@ -366,6 +425,7 @@ void test_all(Basis basis) {
   test_apply_many_columns<Real>(basis);
   test_apply_extremes<Real>(basis);
   test_apply_not_finite<Real>(basis);
+  test_apply_packed<Real>(basis);
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ SMALL = [
         "dataset.max_length=160",
         "training.max_steps=2",
         "ferret.K=64",
+        "ferret.coordinates=float32",
+        "ferret.allocation=size",
         "num_threads=1",
     ),
     *("training.gradient_accumulation_steps=1", "training.optim=adam", "training.learning_rate=0.01"),

@@ -17,8 +17,7 @@ from ferret_ext.federated.algorithms.base import Algorithm, pack
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
-from ferret_ext.federated.config import FerretConfig, ZerothOrderConfig
-from ferret_ext.federated.coordinates import Coordinates
+from ferret_ext.federated.config import Coordinates, FerretConfig, ZerothOrderConfig
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import Message
 from ferret_ext.federated.zeroth_order import with_published
@@ -29,6 +28,7 @@ FERRETS: dict[str, tuple[bool, Coordinates]] = {  # shared bases, coordinates
     "ferret": (False, "float32"),
     "ferret+float16": (False, "float16"),
     "ferret+int4": (False, "int4"),
+    "ferret+choice8": (False, "choice8"),
     "ferret-round": (True, "float32"),
     "ferret-round+int4": (True, "int4"),
 }
@@ -83,9 +83,9 @@ def values_of(server: Server[Any], client: int) -> dict[str, wire.Value]:
     seed = 2**64 - 1 - client - CLIENTS * replica.round
     if name in FERRETS:
         chosen = replica.next_seed if name == "ferret-round" else seed
-        written = coordinates.write(
-            eighths(replica.plan.K, client), replica.plan, server.algorithm.config.coordinates, client
-        )
+        kind = server.algorithm.config.chosen_coordinates
+        gammas = eighths(coordinates.candidates(replica.plan, kind).K, client)
+        written = coordinates.write(torch.from_numpy(gammas), replica.plan, kind)
         return {"contract": 0x10001, "seed": chosen, **written}
     if name == "ferret-ref":
         counts = np.full(len(replica.plan.blocks), 5, np.uint32)

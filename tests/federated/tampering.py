@@ -18,8 +18,10 @@ from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Rejection, RoundMetrics
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "ferret": lambda: Ferret(FerretConfig(K=40, allocation="norm"), 0.4, train),
-    "ferret-shared-round": lambda: SharedFerret(FerretConfig(K=40, allocation="norm"), 0.4, train, seed=3),
+    "ferret": lambda: Ferret(FerretConfig(K=40, allocation="norm", coordinates="float32"), 0.4, train),
+    "ferret-shared-round": lambda: SharedFerret(
+        FerretConfig(K=40, allocation="norm", coordinates="float32"), 0.4, train, seed=3
+    ),
     "fedavg": lambda: FedAvg(0.4, train),
 }
 

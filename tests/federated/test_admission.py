@@ -31,7 +31,7 @@ from ferret_ext.federated.wire import Message, WireError
 
 
 def ferret(**settings: Any) -> Federation:
-    return federate(Ferret(FerretConfig(K=40), 0.4, train), **settings)
+    return federate(Ferret(FerretConfig(K=40, coordinates="float32"), 0.4, train), **settings)
 
 
 @pytest.mark.parametrize("way", ["went on", "replayed", "restored"])

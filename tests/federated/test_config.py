@@ -136,3 +136,26 @@ def test_every_setting_has_a_help_text_and_a_default_in_its_range() -> None:
         assert leaf.help
         if leaf.default != "":
             assert settings._convert(leaf, leaf.default) == leaf.default
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "choice8"),
+        ({"seeds": "shared-round"}, "int8"),
+        ({"mode": "reference-code"}, "float32"),
+        ({"seeds": "shared-round", "coordinates": "int1"}, "int1"),
+    ],
+)
+def test_coordinates_are_the_best_known_that_the_seeds_allow(settings: Any, expected: str) -> None:
+    given = [("model", "m"), ("data", "d"), ("out", "o")]
+    config = build([*given, *((f"ferret.{key}", value) for key, value in settings.items())])
+    assert config.ferret.chosen_coordinates == expected
+
+
+def test_presets_keep_to_the_published_coordinates() -> None:
+    for name in PRESETS:
+        given = settings_of(name, "ferret")
+        config = build([*given, ("model", "m"), ("data", "d"), ("out", "o")])
+        assert config.ferret.chosen_coordinates in ("float16", "float32")
+        assert config.ferret.allocation in ("norm", "size")

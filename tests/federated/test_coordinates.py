@@ -1,4 +1,4 @@
-"""Coordinates in few bits: sizes, layout, errors within bounds, and means that are right."""
+"""Coordinates in messages: sizes, layout, errors within bounds, and means that are right."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import ferret_ext
 from ferret_ext.federated import coordinates, wire
-from ferret_ext.federated.coordinates import BITS, KINDS
+from ferret_ext.federated.coordinates import KINDS, PACKINGS, SHARES
 from ferret_ext.federated.wire import Message, WireError
 
 
@@ -24,8 +24,8 @@ def plan_of(*counts: int) -> ferret_ext.BlockPlan:
     return ferret_ext.BlockPlan.from_parameters(named, len(counts)).with_counts(counts)
 
 
-def through_a_message(gammas: Any, plan: ferret_ext.BlockPlan, kind: Any, seed: int = 1) -> Any:
-    values = coordinates.write(np.asarray(gammas, np.float32), plan, kind, seed)
+def through_a_message(gammas: Any, plan: ferret_ext.BlockPlan, kind: Any) -> Any:
+    values = coordinates.write(torch.as_tensor(gammas, dtype=torch.float32), plan, kind)
     message = Message("ferret", "update", bytes(8), 1, values=values)
     return coordinates.read(wire.decode(wire.encode(message)), plan, kind)
 
@@ -33,75 +33,65 @@ def through_a_message(gammas: Any, plan: ferret_ext.BlockPlan, kind: Any, seed: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_are_as_documented(kind: Any) -> None:
     plan = plan_of(5, 8)
-    values = coordinates.write(np.ones(13, np.float32), plan, kind, 0)
+    values = coordinates.write(torch.ones(coordinates.candidates(plan, kind).K), plan, kind)
     gammas = values["gammas"]
     assert isinstance(gammas, np.ndarray)
-    expected = {"float32": 52, "float16": 26}.get(kind) or math.ceil(13 * BITS[kind] / 8)
-    assert gammas.nbytes == expected
-    assert ("scales" in values) == (kind != "float32")
+    bits = {"float32": 32, "float16": 16}.get(kind) or PACKINGS[kind].width
+    assert gammas.nbytes == math.ceil(13 * bits / 8)
+    assert list(values) == coordinates.names(kind)
+    blank = coordinates.blank(plan, kind)
+    assert {name: np.shape(value) for name, value in blank.items()} == {  # type: ignore[arg-type]
+        name: np.shape(value)
+        for name, value in values.items()  # type: ignore[arg-type]
+    }
 
 
-def test_codes_stand_one_after_the_other_from_the_lowest_bits_on() -> None:
-    """Levels -3, -1, 1, 3 are codes 0 to 3; a scale of 2 and coordinates on the levels leave no chance."""
-    values = coordinates.write(np.array([-6, -2, 2, 6, 6], np.float32), plan_of(5), "int2", 0)
-    assert values["gammas"].tolist() == [0b11_10_01_00, 0b11]  # type: ignore[union-attr]
-    assert values["scales"].tolist() == [2]  # type: ignore[union-attr]
-    signs = coordinates.write(np.array([-1, 2, -3, 4, 5, 6, 7, 8, -9], np.float32), plan_of(9), "int1", 0)
-    assert signs["gammas"].tolist() == [0b11111010, 0]  # type: ignore[union-attr]
-    assert signs["scales"].tolist() == pytest.approx([math.pi / 2 * 5])  # type: ignore[union-attr]
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_packed_coordinates_are_those_of_pack_but_for_the_scales(kind: Any) -> None:
+    """Scales are off by 1/64 of an octave's lower end at most: 1/34."""
+    plan, packing = plan_of(50, 9, 1), PACKINGS[kind]
+    gammas = torch.randn(60 << packing.choice, generator=torch.Generator().manual_seed(3)) * 1e-3
+    expected = ferret_ext.pack(plan, gammas, packing)
+    got = through_a_message(gammas, plan, kind)
+    assert torch.equal(got.codes, expected.codes)
+    assert got.packing == packing
+    assert ((got.scales / expected.scales - 1).abs() <= 1 / 33).all()
+    assert got.scales.max() == expected.scales.max()
+    assert np.array_equal(coordinates.values(plan, got), ferret_ext.unpack(plan, got)[0].numpy())
 
 
-@given(
-    st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=7, max_size=7),
-    st.sampled_from([kind for kind in KINDS if kind != "int1"]),
-    st.integers(0, 2**64 - 1),
-)
-def test_errors_are_below_one_step(gammas: list[float], kind: Any, seed: int) -> None:
-    """A step is twice the scale, the block's largest magnitude over the largest level."""
-    plan = plan_of(3, 4)
-    got = through_a_message(gammas, plan, kind, seed)
-    exact = np.array(gammas, np.float32)
+def test_scales_stand_for_the_nearest_share_of_the_largest() -> None:
+    assert SHARES[:3].tolist() == [1, 31 / 32, 30 / 32]
+    assert SHARES[15:17].tolist() == [17 / 32, 1 / 2]
+    assert SHARES[254:].tolist() == [18 / 2**20, 0]
+    scales = [8.0, 8 * 31 / 32 + 0.1, 4.0, 8 * 17.4 / 32, 8 * 2.0**-16, 1e-30, 0.0]
+    plan = plan_of(*[1] * len(scales))
+    values = coordinates.write(torch.tensor(scales), plan, "int1")
+    assert values["unit"] == 8
+    got = SHARES[values["scales"]] * 8  # type: ignore[index]
+    nearest = [min(SHARES * np.float32(8), key=lambda share: abs(float(share) - scale)) for scale in scales]
+    assert got.tolist() == nearest
+
+
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=7, max_size=7))
+def test_float16_is_off_by_2_to_the_minus_11_of_the_largest(gammas: list[float]) -> None:
+    plan, exact = plan_of(3, 4), np.array(gammas, np.float32)
+    got = through_a_message(gammas, plan, "float16").numpy()
     for part in (slice(0, 3), slice(3, 7)):
         largest = np.abs(exact[part]).max()
-        step = {"float32": 0, "float16": 2**-10}.get(kind, 2 / (2 ** BITS.get(kind, 1) - 1))
-        assert (np.abs(got[part].astype(float) - exact[part]) <= 1.001 * step * largest + 1e-37).all()
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
-def test_random_rounding_is_unbiased(kind: Any) -> None:
-    """Within 5 standard errors; one draw's deviation is at most a scale."""
-    plan, count = plan_of(64), 2000
-    gammas = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    mean = np.mean([through_a_message(gammas, plan, kind, seed) for seed in range(count)], axis=0)
-    scale = np.abs(gammas).max() / (2 ** BITS[kind] - 1)
-    assert np.abs(mean - gammas).max() < 5 * scale / math.sqrt(count)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reconstructions_are_unbiased_over_bases(kind: Any) -> None:
-    """The mean over many seeds tends to delta; its error falls as 1 / sqrt(seeds), with no floor above it."""
-    plan, count = plan_of(128), 400
-    torch.manual_seed(0)
-    delta = torch.randn(600)
-    total = torch.zeros(600)
-    for seed in range(count):
-        gammas = ferret_ext.project_difference(plan, [delta], [torch.zeros(600)], seed).numpy()
-        got = torch.from_numpy(through_a_message(gammas, plan, kind, seed))
-        ferret_ext.apply_(plan, [total], [(seed, got, 1.0 / count)], 1.0)
-    along = float(total @ delta / delta.square().sum())
-    noise = 2.0 if kind == "int2" else 1.3  # of the coordinates' own rounding, beside the projection's
-    assert abs(along - 1) < 0.05
-    assert (total - delta).norm() / delta.norm() < 1.2 * noise * math.sqrt(600 / 128 / count)
+        assert (np.abs(got[part].astype(float) - exact[part]) <= 1.001 * 2**-11 * largest + 1e-37).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zeros(kind: Any) -> None:
-    got = through_a_message(np.zeros(9), plan_of(4, 5), kind)
-    assert (got == 0).all()
+    plan = plan_of(4, 5)
+    got = through_a_message(torch.zeros(coordinates.candidates(plan, kind).K), plan, kind)
+    assert (coordinates.values(plan, got) == 0).all()
 
 
 def message_of(kind: Any, **changed: Any) -> Message:
-    values = coordinates.write(np.ones(13, np.float32), plan_of(5, 8), kind, 0)
+    plan = plan_of(5, 8)
+    values = coordinates.write(torch.ones(coordinates.candidates(plan, kind).K), plan, kind)
     return Message("ferret", "update", bytes(8), 1, 2, values={**values, **changed})
 
 
@@ -114,13 +104,24 @@ def message_of(kind: Any, **changed: Any) -> Message:
             r"gammas as uint8 of shape \[7\], got uint8 of shape \[8\]",
         ),
         ("int4", {"gammas": np.zeros(7, np.int8)}, r"gammas as uint8 of shape \[7\], got int8"),
-        ("int4", {"scales": np.zeros(3, np.float32)}, r"scales as float32 of shape \[2\], got"),
-        ("int4", {"scales": np.array([1, -1], np.float32)}, "must have scales >= 0, got -1"),
-        ("int4", {"scales": np.array([1, 3e38], np.float32)}, "must have finite coordinates"),
+        ("int4", {"scales": np.zeros(3, np.uint8)}, r"scales as uint8 of shape \[2\], got"),
+        ("int4", {"unit": -1.0}, r"must have a unit in \[0, 2.1\d+e\+37\], got -1"),
+        ("choice8", {"unit": 3e38}, r"must have a unit in \[0, 1.7\d+e\+38\], got 3e\+38"),
+        ("float16", {"scales": np.array([1, -1], np.float32)}, "must have scales >= 0, got -1"),
+        ("float16", {"scales": np.array([1, 3.4e38], np.float32)}, "must have finite coordinates"),
         ("float16", {"gammas": np.zeros(13, np.float32)}, r"gammas as float16 of shape \[13\], got float32"),
         ("float32", {"gammas": np.zeros(12, np.float32)}, r"gammas as float32 of shape \[13\], got"),
     ],
 )
 def test_what_does_not_fit_is_named(kind: Any, changed: dict[str, Any], expected: str) -> None:
+    if kind == "float16" and "must have finite" in expected:
+        changed = {**changed, "gammas": np.full(13, 2, np.float16)}
     with pytest.raises(WireError, match=f"client 2's update must have {expected}|{expected}"):
         coordinates.read(message_of(kind, **changed), plan_of(5, 8), kind)
+
+
+def test_floats_are_tensors_and_the_others_packed() -> None:
+    plan = plan_of(5, 8)
+    for kind in KINDS:
+        got = coordinates.read(message_of(kind), plan, kind)
+        assert isinstance(got, Tensor) == (kind in ("float32", "float16"))

@@ -47,7 +47,7 @@ def exploding(model: Any, data: Any, seed: int, client: int = 0) -> float:
 
 
 def ferret(fit: Any) -> Algorithm[Any]:
-    return Ferret(FerretConfig(K=40), 1.0, fit)
+    return Ferret(FerretConfig(K=40, coordinates="float32"), 1.0, fit)
 
 
 def fedavg(fit: Any) -> Algorithm[Any]:

@@ -35,7 +35,7 @@ VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho
 
 
 def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    config = FerretConfig(**{"K": 40, **settings})
+    config = FerretConfig(**{"K": 40, "coordinates": "float32", "allocation": "size", **settings})
     shared = config.seeds == "shared-round"
     algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
     return federate(algorithm, model, verify_weights=verify_weights)
@@ -240,7 +240,7 @@ def test_too_few_coordinates_are_a_config_error() -> None:
 
 
 def test_server_draws_the_fraction_of_the_clients() -> None:
-    algorithm = Ferret(FerretConfig(K=40), STEP, train)
+    algorithm = Ferret(FerretConfig(K=40, coordinates="float32"), STEP, train)
     server = Server(algorithm, toy(), range(40), 0.1, seed=3)
     drawn = [server.choose(round_) for round_ in range(1, 200)]
     assert all(len(clients) == 4 == len(set(clients)) for clients in drawn)
@@ -378,19 +378,22 @@ def test_seeds_of_the_reference_code_are_its_own() -> None:
 
 
 @pytest.mark.parametrize("seeds", ["per-client", "shared-round"])
-@pytest.mark.parametrize("kind", ["float16", "int8", "int4", "int2", "int1"])
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4", "int2", "int1", "choice4"])
 def test_all_parties_read_coarse_coordinates_alike(kind: Any, seeds: Any) -> None:
     """w_1 = w_0 - step mean_i V_i gamma_i with the coordinates as they came; a late joiner gets there too."""
+    if kind == "choice4" and seeds == "shared-round":
+        pytest.skip("clients choose columns of their own")
     fed = federation(coordinates=kind, seeds=seeds, allocation="norm")
     plan, start = fed.server.replica.plan, flat(toy().parameters())
+    full = coordinates.candidates(plan, kind)
     sent = [wire.decode(message) for message in fed.round()]
     fed.catch_up()
     expected = start
     for update in sent:
-        gammas = torch.from_numpy(coordinates.read(update, plan, kind)).double()
+        gammas = dense(plan, full, coordinates.read(update, plan, kind)).double()
         moved = [
             basis_matrix(block, update.value("seed", int), "rademacher") @ part
-            for block, part in zip(plan.blocks, plan.split(gammas), strict=True)
+            for block, part in zip(full.blocks, full.split(gammas), strict=True)
         ]
         expected = expected - STEP / 3 * torch.cat(moved)
     got = flat(fed.server.replica.params)
@@ -402,10 +405,27 @@ def test_all_parties_read_coarse_coordinates_alike(kind: Any, seeds: Any) -> Non
     assert torch.equal(flat(late.params), flat(fed.server.replica.params))
 
 
+def dense(
+    plan: ferret_ext.BlockPlan, full: ferret_ext.BlockPlan, gammas: torch.Tensor | ferret_ext.Packed
+) -> torch.Tensor:
+    """Coordinates on all columns of their bases."""
+    if isinstance(gammas, torch.Tensor):
+        return gammas
+    values, columns = ferret_ext.unpack(plan, gammas)
+    starts = [first for block, first in zip(plan.blocks, full.starts, strict=True) for _ in range(block.k)]
+    return torch.zeros(full.K).index_put((columns + torch.tensor(starts),), values)
+
+
+def test_choices_need_seeds_of_the_clients_own() -> None:
+    given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.seeds", "shared-round")]
+    with pytest.raises(ConfigError, match=r"ferret.coordinates: expected floats or levels .* got choice8"):
+        build([*given, ("ferret.coordinates", "choice8")])
+
+
 def test_one_bit_a_coordinate_is_an_eighth_of_a_byte() -> None:
-    """Beside 4 blocks' scales; the header as ever."""
+    """Beside 4 blocks' scales and their unit; the header as ever."""
     lengths = {kind: len(federation(K=400, coordinates=kind).round()[0]) for kind in ("float32", "int1")}
-    scales = 4 * 4 + 7 + 4  # values, name, and dtype and length in the head
+    scales = 4 + 7 + 4 + 5 + 9  # values, name, and dtype and length in the head; the unit's name and value
     shorter = 2  # the length of 50 bytes than that of 400 coordinates
     assert lengths["float32"] - lengths["int1"] == 4 * 400 - 400 // 8 - scales + shorter
 

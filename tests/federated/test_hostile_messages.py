@@ -262,7 +262,7 @@ def test_steps_beyond_float32_are_refused_before_a_weight_moves(name: str, value
 
 
 @pytest.mark.parametrize(
-    "nested", [[b""] * 60_000, [b"FRET\4"] * 60_000, None], ids=["empty", "begun", "itself"]
+    "nested", [[b""] * 60_000, [b"FRET\5"] * 60_000, None], ids=["empty", "begun", "itself"]
 )
 def test_a_broadcast_of_broadcasts_is_refused_at_once(nested: list[bytes] | None) -> None:
     server = serve("ferret")

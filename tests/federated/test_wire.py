@@ -92,7 +92,7 @@ def test_layout_is_as_documented() -> None:
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
     head += b"\xa8contract\xce\x00\x01\x00\x01" + b"\xa4seed\xcf" + struct.pack(">Q", 2**63 + 2)
     head += b"\xa6gammas\xd5\x01" + b"\x00\x05"
-    body = b"FRET\x04" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
+    body = b"FRET\x05" + struct.pack("<I", len(head)) + head + struct.pack("<5f", -2, -1, 0, 1, 2)
     data = wire.encode(update())
     assert data == body + struct.pack("<I", zlib.crc32(body))
     assert len(data) == UPDATE_HEADER + 4 * 5
@@ -104,7 +104,7 @@ def test_layout_of_lists_and_bytes_is_as_documented() -> None:
     head = bytes([0x99, 1, 0xA1]) + b"a" + digests + bytes([0, 0])
     head += b"\xcb" + struct.pack(">d", 1.0) + b"\x83"
     head += b"\xa1l\xd5\x03\x02\x01\xa1b\xd4\x02\x03\xa1i\xff"
-    body = b"FRET\x04" + struct.pack("<I", len(head)) + head + b"xyzuvw"
+    body = b"FRET\x05" + struct.pack("<I", len(head)) + head + b"xyzuvw"
     assert wire.encode(message) == body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -154,7 +154,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def framed(head: bytes, payload: bytes = b"") -> bytes:
-    return sealed(b"FRET\x04" + struct.pack("<I", len(head)) + head + payload)
+    return sealed(b"FRET\x05" + struct.pack("<I", len(head)) + head + payload)
 
 
 @given(st.binary(max_size=200))
@@ -235,8 +235,8 @@ def test_wrong_fields_under_a_right_checksum_are_named(changed: dict[str, Any], 
     [
         (b"", "at least 13 bytes, got 0"),
         (sealed(b"JUNK\3\0\0\0\0"), "must begin with b'FRET', got b'JUNK'"),
-        (sealed(b"FRET\1\0\0\0\0"), "format version must be 4, got 1"),
-        (sealed(b"FRET\4\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
+        (sealed(b"FRET\1\0\0\0\0"), "format version must be 5, got 1"),
+        (sealed(b"FRET\5\xff\xff\xff\xff"), "head must have at most 0 bytes, got 4294967295"),
         (framed(b"\xdd\xff\xff\xff\xff"), "head must be msgpack"),
         (framed(b"\x91" * 2000), "head must be msgpack"),
         (framed(b"\x99" + b"\xdd\0\1\0\0" * 100), "head must be msgpack"),

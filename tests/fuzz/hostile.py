@@ -60,7 +60,7 @@ NUMBERS: tuple[Any, ...] = (
     *(float("nan"), float("inf"), -float("inf"), True, None),
 )
 TEXTS: tuple[Any, ...] = ("", "a", "{}", "\x1b]0;\x07\n", "\x00" * 9, "é" * 70, "[" * 5000, "y" * 70000)
-BYTES: tuple[Any, ...] = (b"", b"\xff", b"\xc3", bytes(8), bytes(9), bytes(32), b"FRET\x04", b"\x91" * 2000)
+BYTES: tuple[Any, ...] = (b"", b"\xff", b"\xc3", bytes(8), bytes(9), bytes(32), b"FRET\x05", b"\x91" * 2000)
 EXTENSIONS = (
     msgpack.ExtType(1, b""),
     msgpack.ExtType(1, b"\x00\xcf" + bytes(7) + b"\x05"),

@@ -9,7 +9,7 @@ from support import BASES, DTYPES, assert_same_bits, normal
 from torch import Tensor
 
 import ferret_ext
-from ferret_ext import BlockPlan
+from ferret_ext import BlockPlan, Packing
 
 pytestmark = pytest.mark.cuda
 
@@ -135,6 +135,20 @@ def test_cuda_plan_operators_are_the_cpus(
     ferret_ext.apply_(plan, new, updates, 0.1, basis=basis)
     ferret_ext.apply_(plan, there[1], [(seed, g.cuda(), w) for seed, g, w in updates], 0.1, basis=basis)
     for got, expected in zip(there[1], new, strict=True):
+        assert_same_bits(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("packing", [Packing(1), Packing(4), Packing(8), Packing(1, 8)], ids=str)
+def test_cuda_apply_of_packed_coordinates_is_the_cpus(packing: Packing, basis: str) -> None:
+    named = [(f"p{i}", tensor.requires_grad_()) for i, tensor in enumerate(model(0, (torch.float32,)))]
+    plan = BlockPlan.from_parameters(named, 300)
+    there, here = [[tensor.to(device) for tensor in model(1, DTYPES)] for device in ("cuda", "cpu")]
+    updates = [
+        (seed, ferret_ext.pack(plan, normal(plan.K << packing.choice, seed), packing), 0.5) for seed in (1, 2)
+    ]
+    ferret_ext.apply_(plan, here, updates, 0.1, basis=basis)
+    ferret_ext.apply_(plan, there, [(seed, p.to("cuda"), w) for seed, p, w in updates], 0.1, basis=basis)
+    for got, expected in zip(there, here, strict=True):
         assert_same_bits(got.cpu(), expected)
 
 

@@ -38,6 +38,7 @@ def test_allocation_equal_gives_the_remainder_to_the_first_blocks() -> None:
         ("norm", lambda norm, d: norm),
         ("sqrt-norm", lambda norm, d: math.sqrt(norm)),
         ("mse", lambda norm, d: norm * math.sqrt(d)),
+        ("curvature", lambda norm, d: norm**1.5 * d**0.25),
     ],
 )
 def test_allocation_by_norms_is_proportional_to_its_weight(allocation: str, weight) -> None:
@@ -64,7 +65,7 @@ def test_allocation_keeps_k_and_everything_else_of_the_plan() -> None:
     ]
 
 
-@pytest.mark.parametrize("allocation", ["norm", "sqrt-norm", "mse"])
+@pytest.mark.parametrize("allocation", ["norm", "sqrt-norm", "mse", "curvature"])
 def test_allocation_of_all_zero_norms_is_equal(allocation: str) -> None:
     """With no update there is nothing to tell blocks apart by."""
     got = plan_of().with_allocation(allocation, K=10, norms=[0.0] * 4)

@@ -46,12 +46,13 @@ def test_granularity_unknown(granularity: Any) -> None:
 
 def test_allocation_unknown() -> None:
     with pytest.raises(
-        ValueError, match="allocation must be one of size, equal, norm, sqrt-norm, mse, got 'best'"
+        ValueError,
+        match="allocation must be one of size, sqrt-size, equal, norm, sqrt-norm, mse, curvature, got 'best'",
     ):
         BlockPlan.from_parameters(named(5), 3, allocation="best")
 
 
-@pytest.mark.parametrize("allocation", ["norm", "sqrt-norm", "mse"])
+@pytest.mark.parametrize("allocation", ["norm", "sqrt-norm", "mse", "curvature"])
 def test_norms_missing_or_unfit(allocation: Any) -> None:
     for norms, text in (
         (None, "expected 2, got none"),

@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import ferret_ext
+from ferret_ext import Packed
 from ferret_ext.federated import coordinates, wire
 from ferret_ext.federated.algorithms.base import (
     Algorithm,
@@ -40,9 +42,10 @@ from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
 
-BY_NORM = ("norm", "sqrt-norm", "mse")
+BY_NORM = ("norm", "sqrt-norm", "mse", "curvature")
 P = TypeVar("P", bound=PlanReplica)
 
 
@@ -75,18 +78,22 @@ class Projecting(Algorithm[P]):
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
 
     def check_values(self, replica: P, update: Message) -> None:
-        update.only("contract", "seed", *coordinates.names(self.config.coordinates))
+        update.only("contract", "seed", *coordinates.names(self.config.chosen_coordinates))
         check(self.name, update.sender, "contract", self.contract, update.value("contract", int))
         update.seed("seed")
         self.gammas(replica, update)
 
     def norm(self, replica: P, update: Message) -> float:
         """The Euclidean norm of the coordinates."""
-        return float(np.linalg.norm(self.gammas(replica, update).astype(float)))
+        return float(np.linalg.norm(self.floats(replica, update).astype(float)))
 
-    def gammas(self, replica: P, update: Message) -> coordinates.Floats:
-        """An update's coordinates float32 [K]. Raises WireError."""
-        return coordinates.read(update, replica.plan, self.config.coordinates)
+    def gammas(self, replica: P, update: Message) -> Tensor | Packed:
+        """An update's coordinates. Raises WireError."""
+        return coordinates.read(update, replica.plan, self.config.chosen_coordinates)
+
+    def floats(self, replica: P, update: Message) -> coordinates.Floats:
+        """An update's coordinates float32 [K]."""
+        return coordinates.values(replica.plan, self.gammas(replica, update))
 
     @property
     def contract(self) -> int:
@@ -94,26 +101,28 @@ class Projecting(Algorithm[P]):
 
     def first_plan(self, model: Any) -> ferret_ext.BlockPlan:
         """The plan of round 1."""
-        allocation = "size" if self.config.allocation in BY_NORM else self.config.allocation
-        return make_plan(model, self.config.K, self.config.chosen_granularity, allocation)
+        return first_plan(self.config, model)
 
     def project(self, replica: P, data: LocalData, seed: int, watch: Stopwatch) -> tuple[Values, float]:
         """Trains; the update's values by the basis of this seed, and the training loss."""
         with watch("local"):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         with watch("project"):
+            plan, kind = replica.plan, self.config.chosen_coordinates
             gammas = ferret_ext.project_difference(
-                replica.plan, replica.start, replica.params, seed, basis=self.config.chosen_basis
+                coordinates.candidates(plan, kind),
+                replica.start,
+                replica.params,
+                seed,
+                basis=self.config.chosen_basis,
             )
-            exact = gammas.float().cpu().numpy()
-            rounding = derive(data.seed, "rounding")
-            written = coordinates.write(exact, replica.plan, self.config.coordinates, rounding)
+            written = coordinates.write(gammas, plan, kind)
         return {"contract": self.contract, "seed": seed, **written}, loss
 
-    def walk(self, replica: P, terms: Sequence[tuple[int, wire.Array, float]], step: float) -> None:
+    def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
         """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
         device = replica.params[0].device
-        moved = [(seed, torch.from_numpy(gammas.copy()).to(device), share) for seed, gammas, share in terms]
+        moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
         with torch.no_grad():
             ferret_ext.apply_(replica.plan, replica.params, moved, -step, basis=self.config.chosen_basis)
 
@@ -162,7 +171,7 @@ class Ferret(Projecting[PlanReplica]):
     def relayed(self, replica: PlanReplica, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
         updates = self._updates_in(broadcast)
         squares = [share * factor for share, factor in zip(updates.shares, updates.factors, strict=True)]
-        return [self.gammas(replica, update) for update in updates.messages], squares
+        return [self.floats(replica, update) for update in updates.messages], squares
 
     def seeds(self, message: Message) -> list[int]:
         if message.kind == "update":
@@ -228,7 +237,7 @@ class SharedFerret(Projecting[SharedReplica]):
         check(self.name, update.sender, "seed", replica.next_seed, update.value("seed", int))
 
     def combine(self, replica: SharedReplica, updates: Updates) -> Values:
-        mean = updates.average(lambda update: torch.from_numpy(self.gammas(replica, update).astype(float)))
+        mean = updates.average(lambda update: torch.from_numpy(self.floats(replica, update).astype(float)))
         return {
             "contract": self.contract,
             "step": self.server_learning_rate,
@@ -241,7 +250,7 @@ class SharedFerret(Projecting[SharedReplica]):
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
         step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")
-        self.walk(replica, [(replica.next_seed, gammas, 1.0)], step)
+        self.walk(replica, [(replica.next_seed, torch.from_numpy(gammas.copy()), 1.0)], step)
         self.allocate(replica, broadcast)
         replica.next_seed = next_seed
 
@@ -250,6 +259,17 @@ class SharedFerret(Projecting[SharedReplica]):
 
     def _seed_of(self, round_: int) -> int:
         return derive(self.seed, "basis", round_)
+
+
+def first_plan(config: FerretConfig, model: Any) -> ferret_ext.BlockPlan:
+    """The plan of round 1, when no norms are known. Raises ConfigError."""
+    allocation = "sqrt-size" if config.allocation in BY_NORM else config.allocation
+    plan = make_plan(model, config.K, config.chosen_granularity, allocation)
+    try:
+        coordinates.candidates(plan, config.chosen_coordinates)
+    except ValueError as error:
+        raise ConfigError(f"ferret.coordinates: {error}; lower ferret.K") from None
+    return plan
 
 
 def block_norms(
