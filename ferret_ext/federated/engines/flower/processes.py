@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,7 @@ class Security:
         return [*pairs, *(["--enable-supernode-auth"] if self.node_keys else [])]
 
 
+@cache
 def takes(name: str, option: str) -> bool:
     """Whether a program of Flower's has this option. Raises ConfigError where it is not there."""
     ran = subprocess.run([*program(name), "--help"], capture_output=True, text=True, timeout=START)
