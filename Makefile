@@ -16,7 +16,7 @@ bin := $(abspath $(VENV))/bin
 cuda_bin := $(abspath $(CUDA_VENV))/bin
 native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp benchmarks/micro/*.cu)
-python := ferret_ext tests benchmarks python_examples csrc docs setup.py
+python := ferret_ext ferret_link tests benchmarks python_examples csrc docs setup.py
 
 .PHONY: help demo test test-all cpp-test arm-test fuzz lint format cuda-build docs package clean
 help:

@@ -43,7 +43,7 @@ def test_the_source_distribution_holds_what_a_build_needs() -> None:
     with tarfile.open(made("*.tar.gz")) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     own = {name for name in names if not name.startswith("ferret_ext.egg-info/")} - {"PKG-INFO", "setup.cfg"}
-    assert own == tracked("csrc", "ferret_ext", *BUILD)
+    assert own == tracked("csrc", "ferret_ext", "ferret_link", *BUILD)
 
 
 def test_the_wheel_holds_the_package() -> None:
@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package() -> None:
         scripts = archive.read(f"ferret_ext-{VERSION}.dist-info/entry_points.txt").decode()
     own = {name for name in names if not name.startswith(f"ferret_ext-{VERSION}.dist-info/")}
     binaries = {name for name in own if name.endswith(".so")}
-    assert own - binaries == tracked("ferret_ext")
+    assert own - binaries == tracked("ferret_ext", "ferret_link")
     assert "ferret_ext/py.typed" in own
     assert {Path(name).name for name in binaries} - LIBRARIES == {
         Path(name).name for name in binaries if name.startswith("ferret_ext/_native.")

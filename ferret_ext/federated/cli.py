@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ferret_ext import __version__
-from ferret_ext.federated import completion, presets, tools
+from ferret_ext.federated import completion, deploy, presets, tools
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated.command import Command, make_console, make_parser
+from ferret_ext.federated.command import (
+    Command,
+    add_settings,
+    make_console,
+    make_parser,
+    perform,
+    read_settings,
+    settings_parser,
+    with_saved,
+)
 from ferret_ext.federated.explain import REFUSED, STATUSES, explain
-from ferret_ext.federated.presets import PRESETS
-from ferret_ext.federated.settings import ConfigError, Leaf, Setting, expected, read_override, read_yaml
+from ferret_ext.federated.settings import ConfigError, Setting
 
 COMPARISON_WIDTH = 160  # of a table where the output is no terminal
 
@@ -72,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def simulate_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = settings_parser(
         "simulate",
         "Federated rounds in this process. A run that was interrupted or killed goes on with ferret resume.",
         SIMULATE_EXAMPLES,
@@ -83,7 +91,7 @@ def simulate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print plan, memory and traffic; no weights or data are loaded"
     )
-    _add_settings(parser, list(configuration.leaves()))
+    add_settings(parser, list(configuration.leaves()))
     return parser
 
 
@@ -99,7 +107,7 @@ def resume_parser() -> argparse.ArgumentParser:
 
 
 def compare_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = settings_parser(
         "compare",
         "Runs several variants on one task, each in a process of its own, and writes their table and plots. "
         "A comparison that was interrupted goes on where it stood when the command is repeated. A variant is "
@@ -115,7 +123,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "--target-loss", type=float, help="loss that rounds are counted to; by default half way to the best"
     )
     shared = [leaf for leaf in configuration.leaves() if leaf.key not in ("algorithm", "seed")]
-    _add_settings(parser, shared)
+    add_settings(parser, shared)
     return parser
 
 
@@ -130,7 +138,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def eval_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = settings_parser(
         "eval",
         "Evaluates a model: its loss on held-out records, and scores of the text that it generates. A file "
         "is evaluated whole, of anything else the split dataset.eval_split. With a run's config.yaml the "
@@ -141,7 +149,7 @@ def eval_parser() -> argparse.ArgumentParser:
     model, data, *rest = (leaf for leaf in configuration.leaves() if leaf.key.partition(".")[0] in sections)
     parser.add_argument(model.key, metavar="MODEL", help=model.help)
     parser.add_argument(data.key, metavar="DATA", help=data.help)
-    _add_settings(parser, rest)
+    add_settings(parser, rest)
     return parser
 
 
@@ -163,68 +171,17 @@ def replay_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """The parser of a command that takes settings."""
-    wins = (
-        "Settings come from the preset, then the YAML file, then the flags, then key=value; the later wins."
-    )
-    return make_parser(command, f"{description} {wins}", examples)
-
-
-def _add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
-    """A flag for every setting; `key=value` says the same and wins over a flag."""
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
-    parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="YAML file of settings, e.g. a run's config.yaml"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace former results in --out")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, e.g. rounds=5 ferret.K=4096"
-    )
-    for leaf in leaves:
-        name = leaf.key.rpartition(".")[2]
-        default = "none" if leaf.default in (None, ()) else leaf.default
-        default = f"; default {default}" if default != "" else ""
-        help_text = f"{leaf.help} ({expected(leaf)}{default})".replace("%", "%%")
-        flags = dict.fromkeys([f"--{leaf.key}", f"--{leaf.key.replace('_', '-')}"])
-        parser.add_argument(*flags, dest=leaf.key, metavar=name.upper(), default=None, help=help_text)
-
-
-def read_settings(
-    options: argparse.Namespace, not_from_file: Collection[str] = (), with_preset: bool = True
-) -> list[Setting]:
-    """What preset, file, flags and overrides say, in this order. Raises ConfigError."""
-    settings: list[Setting] = []
-    if options.config:
-        settings += [(key, value) for key, value in read_yaml(options.config) if key not in not_from_file]
-    flags = vars(options)
-    keys = (leaf.key for leaf in configuration.leaves())
-    settings += [(key, flags[key]) for key in keys if flags.get(key) is not None]
-    settings += map(read_override, options.overrides)
-    if options.preset and with_preset:
-        return [*presets.settings_of(options.preset, presets.variant_of(settings)), *settings]
-    return settings
-
-
 def run_simulation(options: argparse.Namespace) -> int:
     """One run from its folder to its table."""
-    from ferret_ext.federated.console import Narration, show_table
     from ferret_ext.federated.engines.in_process import simulate
     from ferret_ext.federated.report import RunFolder
 
     if options.dry_run:
         return _dry_run(options)
-    config = configuration.build(_with_saved(options, read_settings(options)))
+    config = configuration.build(with_saved(options, read_settings(options)))
     folder = RunFolder(config, options.overwrite, options.resume)
-    console = make_console()
-    if options.resume and folder.finished:
-        console.print(f"finished before: {folder.path}", markup=False, highlight=False, soft_wrap=True)
-        return 0
     try:
-        with Narration(console, folder, config.rounds) as narration:
-            if folder.begun:
-                narration.say(f"going on with the run in {folder.path}")
-            result = simulate(config, narration, folder.open_journal)
+        perform(make_console(), config, folder, simulate)
     except KeyboardInterrupt:
         if folder.begun:
             print(
@@ -233,9 +190,6 @@ def run_simulation(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         raise
-    folder.finish(result.model, result.tokenizer, result.history)
-    show_table(console, result.history)
-    console.print(f"results: {folder.path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -253,20 +207,11 @@ def _dry_run(options: argparse.Namespace) -> int:
     from ferret_ext.federated import dry_run
     from ferret_ext.federated.console import Lines
 
-    config = configuration.build(_with_saved(options, read_settings(options)), required=["model"])
+    config = configuration.build(with_saved(options, read_settings(options)), required=["model"])
     lines = Lines(make_console())
     for line in dry_run.describe(config):
         lines.say(line)
     return 0
-
-
-def _with_saved(options: argparse.Namespace, settings: list[Setting]) -> list[Setting]:
-    """The settings, after those of the run that is resumed where only its folder is given."""
-    given = dict(settings)
-    saved = Path(str(given.get("out", ""))).expanduser() / "config.yaml"
-    if options.resume and not options.preset and given.keys() == {"out"} and saved.is_file():
-        return [*read_yaml(saved), *settings]
-    return settings
 
 
 def run_comparison(options: argparse.Namespace) -> int:
@@ -351,6 +296,7 @@ COMMANDS = {
     "compare": Command("run several algorithms on one task", compare_parser, run_comparison),
     "eval": Command("evaluate a model", eval_parser, run_evaluation),
     "replay": Command("rebuild a model from its base and a ledger", replay_parser, run_replay),
+    **deploy.COMMANDS,
     **tools.COMMANDS,
 }
 COMMANDS["completion"] = completion.command(COMMANDS)

@@ -67,7 +67,7 @@ class Run:
         return [
             (key, theirs, ours)
             for key, theirs, ours in pairs
-            if theirs != ours and key not in configuration.FREE_SETTINGS
+            if theirs != ours and key.partition(".")[0] not in configuration.FREE_SETTINGS
         ]
 
 

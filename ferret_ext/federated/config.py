@@ -21,8 +21,8 @@ LARGEST_DECAY = 0.999999  # optimisers want less than 1
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 ScoreName = Literal["rouge-l", "rougeL", "rougeL-stem", "gsm8k-exact-match"]
 
-# Settings that a run does not depend on: it goes on with others.
-FREE_SETTINGS = ("out", "trackers")
+# Settings and sections that a run does not depend on: it goes on with others.
+FREE_SETTINGS = ("out", "trackers", "federation")
 
 # What an evaluation depends on: names of settings and sections.
 EVALUATION_SETTINGS = (
@@ -317,8 +317,30 @@ class LedgerConfig:
 
 
 @dataclass(frozen=True)
+class FederationConfig:
+    """How a server deals with clients elsewhere (`ferret serve`); a simulation heeds over_selection alone.
+
+    A round's deadline is deadline_factor times the 0.9 quantile of the reply times of the last five rounds,
+    within min_deadline and max_deadline; until there are any it is max_deadline.
+    """
+
+    over_selection: float = option(
+        0.0, "clients drawn beyond client_fraction, as a share; the first replies count", at_least=0
+    )
+    deadline_factor: float = option(3.0, "of the deadline that adapts to reply times", at_least=1)
+    min_deadline: float = option(30.0, "seconds that a round waits for replies at least", above=0)
+    max_deadline: float = option(
+        3600.0, "seconds at most; with fewer replies than robust.quorum then, the run stops", above=0
+    )
+    join_timeout: float = option(
+        600.0, "seconds that the first round waits for its clients to connect", at_least=0
+    )
+    poll: float = option(0.2, "seconds between looks for replies", at_least=0.01, at_most=60)
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
-    """A federated run in one process."""
+    """A federated run."""
 
     model: str = option("", "folder or hub name of a causal language model, or builtin:tiny-llama")
     data: str = option(
@@ -379,6 +401,7 @@ class SimulationConfig:
     robust: RobustConfig = field(default_factory=RobustConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
 
     def save(self, path: Path) -> None:
         """Writes the config as YAML, which `read_yaml` takes back."""
@@ -435,6 +458,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             "ferret.seeds: expected per-client where ferret.mode is reference-code, which has seeds of its "
             "own, got shared-round"
+        )
+    if config.federation.min_deadline > config.federation.max_deadline:
+        raise ConfigError(
+            f"federation.min_deadline: expected at most federation.max_deadline, which is "
+            f"{config.federation.max_deadline:g}, got {config.federation.min_deadline:g}"
         )
     if config.zeroth_order.generator == "torch" and config.zeroth_order.perturbation == "layerwise":
         raise ConfigError(

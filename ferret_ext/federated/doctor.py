@@ -23,7 +23,7 @@ from ferret_ext.federated.report import processor
 from ferret_ext.federated.settings import ConfigError
 
 Verdict = Literal["ok", "warning", "fails"]
-EXTRAS = ("peft", "rouge", "rouge-score")
+EXTRAS = ("peft", "rouge", "rouge-score", "flwr")
 SECONDS = 3.0  # to wait for another machine
 
 
@@ -73,7 +73,7 @@ def _versions() -> Finding:
 def _extras() -> Finding:
     missing = [name for name in EXTRAS if not _installed(name)]
     if missing:
-        text = f"{', '.join(missing)} not installed; in the source tree, pip install '.[peft,scores]'"
+        text = f"{', '.join(missing)} not installed; in the source tree, pip install '.[peft,scores,flower]'"
         return Finding("extras", "warning", text)
     return Finding("extras", "ok", ", ".join(f"{name} {version(name)}" for name in EXTRAS))
 

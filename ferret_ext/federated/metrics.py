@@ -44,6 +44,7 @@ class Outcome:
     seconds_project: float = 0.0
     seconds_rebuild: float = 0.0
     seconds_server: float = 0.0
+    late: int = 0
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -79,8 +80,9 @@ class RoundMetrics:
     seconds_local, seconds_project, seconds_rebuild: sums over the round's clients. Clients that share one
     process share one rebuilt model, so a broadcast is applied, and its time counted, once. seconds_server:
     checking, relaying and applying the updates. Seconds before the evaluation are 0 where a crash took them.
-    seconds_eval: the evaluation loss. seconds_generate:
-    generating and scoring text. scores: see `scores.SCORES`; empty where no text was generated.
+    late: replies of former rounds that came during this one; 0 where a crash took it. seconds_eval: the
+    evaluation loss. seconds_generate: generating and scoring text. scores: see `scores.SCORES`; empty where
+    no text was generated.
     """
 
     round: int
@@ -99,6 +101,7 @@ class RoundMetrics:
     seconds_eval: float
     seconds_generate: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
+    late: int = 0
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> RoundMetrics:
@@ -126,6 +129,10 @@ class Stopwatch:
             yield
         finally:
             self._seconds[name] += _now() - start
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self._seconds[name] += seconds
 
     def __getitem__(self, name: str) -> float:
         return self._seconds[name]

@@ -143,7 +143,7 @@ class RunFolder(ResultFolder):
         wanted = dict(flatten(asdict(self._config)))
         for key, value in wanted.items():
             same = saved.get(key) == (list(value) if isinstance(value, tuple) else value)
-            if not same and key not in FREE_SETTINGS:
+            if not same and key.partition(".")[0] not in FREE_SETTINGS:
                 raise ConfigError(
                     f"{key}: expected {saved.get(key)!r}, as in the run that {str(self.path)!r} has part of, "
                     f"got {value!r}; a run is resumed with its own settings (--config)"

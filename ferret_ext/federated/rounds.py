@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -101,7 +102,8 @@ def run_rounds(
         watch = Stopwatch()
         clients = server.choose(round_)
         watcher.round_begins(round_, clients)
-        replies = exchange(round_, clients, server)
+        came = exchange(round_, clients, server)
+        replies = [reply for reply in came if not reply.late]
         sent = [Sent(reply.client, reply.payload) for reply in replies if not reply.failure]
         if replies and not sent:
             raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
@@ -113,6 +115,7 @@ def run_rounds(
         for rejection in rejections:
             watcher.update_rejected(round_, rejection)
         outcome = _outcome(round_, clients, replies, updates, rejections, watch)
+        outcome = replace(outcome, late=len(came) - len(replies))
         journal.commit(server, outcome)
         measure(outcome, watch)
     return history

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
@@ -24,7 +25,8 @@ Broadcast = bytes | Callable[[], bytes]
 class Server(Generic[R]):
     """The global model and the broadcasts that led to it, one a round from round 0 on.
 
-    A broadcast is b"" when it was superseded, and a call that gives it where it is kept elsewhere.
+    wanted: the updates that a round is after; more clients may be drawn. A broadcast is b"" when it was
+    superseded, and a call that gives it where it is kept elsewhere.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Server(Generic[R]):
         robust: RobustConfig | None = None,
         verify_weights: bool = True,
         equal_weights: bool = False,
+        over_selection: float = 0.0,
     ) -> None:
         """run: 8 bytes that name the run. robust, verify_weights: see the config. equal_weights: all clients
-        count alike. Raises ConfigError."""
+        count alike. over_selection: share of clients that are drawn beyond `fraction`. Raises ConfigError."""
         self.algorithm = algorithm
         self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights)
         self.replica = algorithm.replicate(model)
@@ -52,11 +55,13 @@ class Server(Generic[R]):
         self.broadcasts: list[Broadcast] = [opening]
         algorithm.rebuild(self.replica, opening)
         self._clients = clients
-        self._num_chosen = max(1, round(fraction * len(clients)))
+        self.wanted = max(1, round(fraction * len(clients)))
+        self._num_chosen = min(len(clients), math.ceil(self.wanted * (1 + over_selection)))
         self._seed = seed
 
     def choose(self, round_: int) -> list[int]:
-        """The round's clients, in the order of all: the configured fraction of them, at least one."""
+        """The round's clients, in the order of all: the configured fraction of them, at least one, and those
+        that are drawn beyond it."""
         random = np.random.Generator(np.random.PCG64(derive(self._seed, "clients", round_)))
         chosen = sorted(random.choice(len(self._clients), self._num_chosen, replace=False).tolist())
         return [self._clients[i] for i in chosen]

@@ -7,9 +7,9 @@ from pathlib import Path
 from ferret_ext.federated import models, scores
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import loading
-from ferret_ext.federated.engines.in_process import Speaker, reproducible
 from ferret_ext.federated.evaluation import Evaluation, Evaluator
 from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.run import Speaker, reproducible
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import Setting
 

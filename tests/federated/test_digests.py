@@ -97,7 +97,7 @@ def test_a_flipped_bit_in_a_client_stops_the_run(index: int) -> None:
 
     def exchange(round_: int, chosen: list[int], server: Server[Any]) -> Any:
         if round_ == 3:
-            flip(members._replica.start[index], 0, 20)
+            flip(members._members.replica.start[index], 0, 20)
         return members.exchange(Listener(), round_, chosen, server)
 
     def evaluate(round_: int, *_: Any) -> Evaluation:

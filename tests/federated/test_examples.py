@@ -16,12 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "python_examples").glob("[0-9]*.py"))
+FLOWER = "05_flower.py"
 PAGE = ROOT / "docs" / "examples.md"
 NUMBER = re.compile(r"\d[\d,]*(\.\d+)?")
 
 
 def output(name: str) -> str:
     """What the example prints whose name begins so."""
+    if FLOWER.startswith(name):
+        pytest.importorskip("flwr", reason="flwr is not installed (pip install '.[flower]')")
     (path,) = (path for path in EXAMPLES if path.name.startswith(name))
     return run(path)
 
@@ -29,7 +32,7 @@ def output(name: str) -> str:
 @cache
 def run(path: Path) -> str:
     """Runs the example once: in this process, unless it starts others, which must find a file to import."""
-    if "spawn" not in path.read_text():
+    if "spawn" not in path.read_text() and path.name != FLOWER:
         printed = io.StringIO()
         with redirect_stdout(printed):
             runpy.run_path(str(path), run_name="__main__")
@@ -62,7 +65,10 @@ def shown(name: str) -> str:
     return block[1]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+MARKED = [pytest.param(p, marks=[pytest.mark.flower] if p.name == FLOWER else []) for p in EXAMPLES]
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name)
 def test_output_looks_as_the_page_shows_it(path: Path) -> None:
     assert shape(output(path.name)) == shape(shown(path.name))
 
@@ -110,3 +116,8 @@ def test_slopes_give_the_weights() -> None:
     before, after = numbers(output("08"), r"(?:training|pass): (\d\.\d+)")
     assert after < 0.7 * before
     assert "the same bits" in output("08")
+
+
+@pytest.mark.flower
+def test_a_federation_leaves_the_bits_of_a_run_in_process() -> None:
+    assert output("05").count("the same bits as in one process") == 2

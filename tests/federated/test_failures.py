@@ -20,8 +20,9 @@ from ferret_ext.federated.algorithms.ferret import Ferret
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.client import DivergedError, LocalTrainer
 from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
-from ferret_ext.federated.engines.in_process import InProcessClients, client_weights
+from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation, Sample
+from ferret_ext.federated.members import client_weights
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.rounds import Evaluate, run_rounds
 from ferret_ext.federated.server import Server

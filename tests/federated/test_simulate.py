@@ -14,7 +14,7 @@ from conftest import SMALL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ferret_ext
-from ferret_ext.federated import wire
+from ferret_ext.federated import models, wire
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.engines import in_process
@@ -270,7 +270,7 @@ def test_interrupted_run_names_the_metrics_that_it_wrote(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    owner, name = (InProcessClients, "exchange") if begun else (in_process.models, "load")
+    owner, name = (InProcessClients, "exchange") if begun else (models, "load")
     monkeypatch.setattr(owner, name, interrupt)
     assert simulate(*SMALL, "--out", str(tmp_path / "run")) == 130
     error = capsys.readouterr().err

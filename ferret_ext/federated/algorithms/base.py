@@ -64,11 +64,12 @@ class Replica:
             self.start = [torch.empty_like(param) for param in self.params]
         for start, param in zip(self.start, self.params, strict=True):
             start.copy_(param)
+        self.marked = self.round
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Goes back to the last start, if there was one, undoing the local training since."""
-        if self.start:
+        """Goes back to the round's start, if that was marked, undoing the local training since."""
+        if self.marked == self.round:
             for param, start in zip(self.params, self.start, strict=True):
                 param.copy_(start)
 
@@ -106,7 +107,8 @@ class LocalData:
 class Reply:
     """What comes back from a client: the message for the server, and what was measured on the way.
 
-    failure: why the client has nothing to send and is left out of the round; else "".
+    failure: why the client has nothing to send and is left out of the round; else "". late: it belongs to a
+    round that is over, and counts for nothing.
     """
 
     client: int
@@ -115,6 +117,7 @@ class Reply:
     train_loss: float
     watch: Stopwatch
     failure: str = ""
+    late: bool = False
 
 
 class Algorithm(ABC, Generic[R]):
@@ -245,7 +248,6 @@ class Algorithm(ABC, Generic[R]):
                     self.rebuild(replica, broadcast)
                 if replica.marked != replica.round:
                     replica.mark()
-                    replica.marked = replica.round
             payload, loss = self.train_and_encode(replica, data, watch)
         except DisagreementError as error:
             return Reply(data.client, self._dissent(replica, data, error.digests), received, math.nan, watch)

@@ -69,14 +69,32 @@ def load_held(
     return evaluated
 
 
-class _Source:
-    """The chosen records of a run, and how they become examples."""
+def load_own(
+    config: SimulationConfig, tokenizer: Any, max_length: int, say: Callable[[str], None]
+) -> list[Example]:
+    """All training examples of a party's own records, none of them held out. Raises DataError."""
+    source = _Source(config, tokenizer, max_length, hold_out=False)
+    examples, count = source.examples_of(TRAINING)
+    for line in (*source.splits.notes, f"data: {TRAINING}: {count}"):
+        say(line)
+    return examples
 
-    def __init__(self, config: SimulationConfig, tokenizer: Any, max_length: int) -> None:
+
+class _Source:
+    """The chosen records of a run, and how they become examples.
+
+    hold_out: some of the training records are the test split where there is none.
+    """
+
+    def __init__(
+        self, config: SimulationConfig, tokenizer: Any, max_length: int, *, hold_out: bool = True
+    ) -> None:
         self.protocol = PROTOCOLS[config.dataset.protocol]
         splits = self.protocol.read(config.dataset, config.data, derive(config.seed, "records"))
         self.form = _choose_format(config.dataset, self.protocol, splits.train, config.data)
-        self.splits = _with_test(splits, config.dataset.eval_split, derive(config.seed, "hold out"))
+        if hold_out:
+            splits = _with_test(splits, config.dataset.eval_split, derive(config.seed, "hold out"))
+        self.splits = splits
         self.records = {TRAINING: self.splits.train, EVALUATION: self.splits.test or []}
         self._config, self._tokenizer, self._max_length = config, tokenizer, max_length
 

@@ -1,0 +1,320 @@
+"""Clients on other machines, on whatever carries calls to them and answers back.
+
+A round sends every client that was drawn the broadcasts that it has not seen, and ends with the first of:
+
+    as many updates as the round is after (`Server.wanted`), or an answer of every client;
+    the deadline, with at least `robust.quorum` updates;
+    `federation.max_deadline`, and then the run stops where updates are fewer than the quorum.
+
+Clients are known by the number that they say they are, never by their connection: that may change while a run
+goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline; a
+client that is asked again answers as before without training again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ferret_ext.federated.algorithms.base import Reply
+from ferret_ext.federated.config import FederationConfig
+from ferret_ext.federated.errors import QuorumError
+from ferret_ext.federated.journal import Genesis
+from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.rounds import Watcher
+from ferret_ext.federated.server import Server
+from ferret_ext.federated.worker import calls
+from ferret_ext.federated.worker.calls import CallError, Frame, Train
+
+QUANTILE = 0.9
+ROUNDS_BACK = 5
+RETRY = 2.0  # seconds until a call that failed on its way is repeated
+HELLO_PATIENCE = 60.0  # seconds until a node that does not say who it is is asked again
+HELLO_RETRY = 10.0  # seconds, where it could not say, or is who somebody else is
+MOST_BEHIND = 3  # times in a round that a client may have lost what it had seen
+UNREACHED = ("NoWorker", "NoAnswer")  # errors of the way, not of the client
+
+
+class Link(Protocol):
+    """Carries frames to nodes and answers back. What it raises ends the run."""
+
+    def nodes(self) -> Collection[int]:
+        """Those that are connected."""
+
+    def send(self, node: int, frame: Frame) -> str | None:
+        """The call's name; None where it cannot be sent."""
+
+    def receive(self, names: Collection[str]) -> Iterable[tuple[str, Frame]]:
+        """The answers that are there, by their calls' names, each once; a failure is a frame of kind "error"
+        and type "NoAnswer"."""
+
+
+class Deadlines:
+    """How long a round waits: `deadline_factor` times the 0.9 quantile of the reply times of the last five
+    rounds that have any, within `min_deadline` and `max_deadline`; without reply times, `max_deadline`.
+
+    The quantile is the smallest time that nine tenths of the times do not exceed. Late replies count too,
+    with their round, or else a deadline that is too short would never see that.
+    """
+
+    def __init__(self, config: FederationConfig) -> None:
+        self._config = config
+        self._times: dict[int, list[float]] = {}
+
+    def note(self, round_: int, seconds: float) -> None:
+        """A reply came this long after its call."""
+        self._times.setdefault(round_, []).append(seconds)
+        for old in sorted(self._times)[:-ROUNDS_BACK]:
+            del self._times[old]
+
+    @property
+    def seconds(self) -> float:
+        times = sorted(seconds for of_round in self._times.values() for seconds in of_round)
+        most = self._config.max_deadline
+        if not times:
+            return most
+        quantile = times[math.ceil(QUANTILE * len(times)) - 1]
+        return min(most, max(self._config.min_deadline, self._config.deadline_factor * quantile))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call under way. timed: its answer's time counts, since nothing has to be loaded first."""
+
+    client: int
+    node: int
+    round: int
+    sent_at: float
+    bytes_down: int
+    timed: bool
+
+
+@dataclass
+class Round:
+    """A round under way. not_before: when a client may be called again. behind: how often each had lost what
+    it had seen."""
+
+    number: int
+    clients: list[int]
+    opened: float
+    replies: dict[int, Reply] = field(default_factory=dict)
+    late: list[Reply] = field(default_factory=list)
+    not_before: dict[int, float] = field(default_factory=dict)
+    behind: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        return sum(not reply.failure for reply in self.replies.values())
+
+
+class Roster:
+    """Which client is at which node, and how many broadcasts it has seen.
+
+    trusting: a client that is new here may have been in the run before this process was, and is believed.
+    """
+
+    def __init__(self, link: Link, clients: int, run: bytes, say: Callable[[str], None]) -> None:
+        self._link, self._clients, self._run, self._say = link, clients, run, say
+        self._asked: dict[str, tuple[int, float]] = {}  # name of the hello -> node, when
+        self._not_before: dict[int, float] = {}  # node -> when it is asked again
+        self.trusting = False
+        self.node_of: dict[int, int] = {}
+        self.seen: dict[int, int] = {}
+
+    def look(self, now: float) -> None:
+        """Takes note of nodes that came and went, and of who is there."""
+        nodes = set(self._link.nodes())
+        for client, node in list(self.node_of.items()):
+            if node not in nodes:
+                self._say(f"client {client} is no longer connected")
+                del self.node_of[client]
+        self._not_before = {node: at for node, at in self._not_before.items() if node in nodes}
+        self._asked = {
+            name: (node, at)
+            for name, (node, at) in self._asked.items()
+            if node in nodes and now - at < HELLO_PATIENCE
+        }
+        waiting = {node for node, at in self._not_before.items() if now < at}
+        known = {*self.node_of.values(), *waiting, *(node for node, _ in self._asked.values())}
+        for node in sorted(nodes - known):
+            if name := self._link.send(node, {"kind": "hello"}):
+                self._asked[name] = node, now
+        for name, answer in self._link.receive(self._asked) if self._asked else ():
+            node, _ = self._asked.pop(name)
+            self._welcome(node, answer, now)
+
+    def _welcome(self, node: int, answer: Frame, now: float) -> None:
+        try:
+            if answer.get("kind") == "error":
+                raise CallError(f"{answer.get('type')}: {answer.get('text')}")
+            client, seen = calls.whole(answer, "client"), calls.whole(answer, "seen")
+            run = calls.take(answer, "run", bytes)
+            if client >= self._clients:
+                raise CallError(f"expected a client of 0 to {self._clients - 1}, got {client}")
+            if client in self.node_of:
+                raise CallError(f"client {client} is connected elsewhere")
+        except CallError as error:
+            self._not_before[node] = now + HELLO_RETRY
+            self._say(f"a node is not heard: {calls.error('', str(error))['text']}")
+            return
+        self._say(f"client {client} is connected")
+        self.node_of[client] = node
+        believed = self.seen.get(client, seen if self.trusting else 0)
+        self.seen[client] = min(seen, believed) if run == self._run else 0
+
+
+class RemoteClients:
+    """The clients of a run, as `rounds.run_rounds` wants them."""
+
+    def __init__(
+        self,
+        link: Link,
+        config: FederationConfig,
+        quorum: int,
+        clients: int,
+        genesis: Genesis,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._link, self._config, self._quorum, self._genesis = link, config, quorum, genesis
+        self._say, self._clock, self._sleep = say, clock, sleep
+        self._roster = Roster(link, clients, genesis.run, say)
+        self._deadlines = Deadlines(config)
+        self._calls: dict[str, Call] = {}
+        self._late: set[tuple[int, int]] = set()
+        self._gathered = False
+
+    def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:
+        """A round of the clients, see above. Raises QuorumError."""
+        if not self._gathered:
+            self._roster.trusting = round_ > 1
+            self._gather(clients)
+        state = Round(round_, clients, self._clock())
+        while True:
+            self._roster.look(self._clock())
+            self._receive(state, watcher)
+            if self._over(state, server.wanted):
+                break
+            self._send(state, server)
+            self._sleep(self._config.poll)
+        replies = [state.replies.get(client) or self._missing(state, client, watcher) for client in clients]
+        return [*replies, *state.late]
+
+    def _gather(self, clients: list[int]) -> None:
+        """Waits for the first round's clients to connect."""
+        self._gathered, limit = True, self._clock() + self._config.join_timeout
+        self._say(f"waiting for {len(clients)} clients, at most {self._config.join_timeout:g} s")
+        while True:
+            self._roster.look(self._clock())
+            if self._roster.node_of.keys() >= set(clients) or self._clock() >= limit:
+                return
+            self._sleep(self._config.poll)
+
+    def _send(self, state: Round, server: Server[Any]) -> None:
+        """Calls whoever was not called yet, or in vain."""
+        now, repeat = self._clock(), self._deadlines.seconds
+        self._calls = {
+            name: call
+            for name, call in self._calls.items()
+            if state.number - ROUNDS_BACK <= call.round < state.number
+            or (call.round == state.number and self._roster.node_of.get(call.client) == call.node)
+        }
+        called = {
+            call.client
+            for call in self._calls.values()
+            if call.round == state.number and now - call.sent_at < repeat
+        }
+        for client in state.clients:
+            due = now >= state.not_before.get(client, now)
+            if client in self._roster.node_of and client not in called | state.replies.keys() and due:
+                self._call(state, client, server, now)
+
+    def _call(self, state: Round, client: int, server: Server[Any], now: float) -> None:
+        node, since = self._roster.node_of[client], self._roster.seen[client]
+        if since > len(server.broadcasts):  # of a former run of the same name
+            since = 0
+        told = (self._genesis.config, self._genesis.base) if since == 0 else ()
+        broadcasts = server.broadcasts_since(since)
+        call = Train(self._genesis.run, state.number, client, since, broadcasts, *told)
+        if name := self._link.send(node, call.frame()):
+            size = sum(map(len, broadcasts))
+            self._calls[name] = Call(client, node, state.number, now, size, timed=since > 0)
+        else:
+            state.not_before[client] = now + RETRY
+
+    def _receive(self, state: Round, watcher: Watcher) -> None:
+        for name, answer in self._link.receive(self._calls) if self._calls else ():
+            call, now = self._calls.pop(name), self._clock()
+            if answer.get("kind") == "reply" and call.timed:
+                self._deadlines.note(call.round, now - call.sent_at)
+            if call.round == state.number:
+                self._take(state, call, answer, watcher, now)
+            elif answer.get("kind") == "reply" and (call.round, call.client) not in self._late:
+                self._late.add((call.round, call.client))  # it may have been called twice
+                self._say(f"client {call.client}: a reply of round {call.round} came late")
+                state.late.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
+
+    def _take(self, state: Round, call: Call, answer: Frame, watcher: Watcher, now: float) -> None:
+        """An answer to a call of this round: a reply, or a reason to call again."""
+        client = call.client
+        if client in state.replies:
+            return  # it was called twice
+        try:
+            if answer.get("kind") == "reply":
+                reply = calls.read_reply(answer, client, call.bytes_down)
+                self._roster.seen[client] = state.number
+                self._settle(state, reply, watcher)
+            elif answer.get("kind") == "behind":
+                self._step_back(state, client, calls.whole(answer, "seen"))
+            elif answer.get("kind") == "error" and answer.get("type") in UNREACHED:
+                state.not_before[client] = now + RETRY
+                self._say(
+                    f"client {client} is called again: {calls.error('', str(answer.get('text')))['text']}"
+                )
+            else:
+                raise CallError(f"{answer.get('type')}: {answer.get('text')}")
+        except CallError as error:
+            self._settle(state, _failed(client, calls.error("", str(error))["text"]), watcher)
+
+    def _step_back(self, state: Round, client: int, seen: int) -> None:
+        """The client has lost what it had seen, and is told again."""
+        state.behind[client] = state.behind.get(client, 0) + 1
+        if seen > self._roster.seen[client] or state.behind[client] > MOST_BEHIND:
+            raise CallError(f"it says again that it has seen {seen} broadcasts")
+        self._roster.seen[client] = seen
+
+    def _settle(self, state: Round, reply: Reply, watcher: Watcher) -> None:
+        state.replies[reply.client] = reply
+        if reply.failure:
+            watcher.client_left_out(state.number, reply.client, reply.failure)
+        watcher.client_done(state.number, reply.client)
+
+    def _over(self, state: Round, wanted: int) -> bool:
+        """Whether the round has all that it waits for. Raises QuorumError."""
+        if state.updates >= wanted or len(state.replies) == len(state.clients):
+            return True
+        waited = self._clock() - state.opened
+        if waited >= self._deadlines.seconds and state.updates >= self._quorum:
+            return True
+        if waited < self._config.max_deadline:
+            return False
+        raise QuorumError(
+            f"round {state.number}: expected updates of at least {self._quorum} clients within "
+            f"{self._config.max_deadline:g} s, got {state.updates}"
+        )
+
+    def _missing(self, state: Round, client: int, watcher: Watcher) -> Reply:
+        """In place of the reply of a client that the round does not wait for any more."""
+        waited = self._clock() - state.opened
+        connected = client in self._roster.node_of
+        reason = f"no reply within {waited:.1f} s" if connected else "not connected"
+        watcher.client_left_out(state.number, client, reason)
+        return _failed(client, reason)
+
+
+def _failed(client: int, reason: str) -> Reply:
+    return Reply(client, b"", 0, math.nan, Stopwatch(), reason)
