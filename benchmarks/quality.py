@@ -62,6 +62,7 @@ class Form:
     allocation: str
     bytes: int
     server_learning_rate: float
+    server_warmup: int = 0
 
     def count(self, blocks: int) -> int:
         """K: as many coordinates as the bytes hold. Those of float16 count without their scales."""
@@ -79,6 +80,9 @@ FORMS = [
     Form("choice8", "choice8", "curvature", 128, 0.3),
     Form("choice8", "choice8", "curvature", 512, 0.6),
     Form("choice8", "choice8", "curvature", 4096, 1.0),
+    Form("choice8 warm-up 3,", "choice8", "curvature", 512, 0.8, 3),
+    Form("choice8 warm-up 3,", "choice8", "curvature", 4096, 1.0, 3),
+    Form("float16 warm-up 3,", "float16", "norm", 512, 0.3, 3),
     Form("choice12", "choice12", "curvature", 512, 0.7),
     Form("choice12", "choice12", "curvature", 4096, 1.0),
 ]
@@ -126,6 +130,7 @@ def run(options: argparse.Namespace, form: Form | None, seed: int) -> dict[str, 
             ("ferret.coordinates", form.kind),
             ("ferret.allocation", form.allocation),
             ("server_learning_rate", form.server_learning_rate),
+            ("ferret.server_warmup", form.server_warmup),
         ]
     config = config_of(options, "fedavg" if form is None else "ferret", seed, given)
     history = simulate(config, Quiet()).history

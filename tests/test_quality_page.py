@@ -15,6 +15,7 @@ from quality import FORMS, shares, worth
 from ferret_ext import Packing
 from ferret_ext.federated.coordinates import PACKINGS
 
+STEP = {"server_learning_rate": 0.6, "server_warmup": 0}
 PAGE = Path(__file__).parents[1] / "benchmarks" / "quality_page.py"
 
 
@@ -37,10 +38,18 @@ def test_table_has_losses_shares_and_spread() -> None:
         "gsm8k",
         [
             row("fedavg", 2.0, 1.0),
-            row("choice8 512", 2.5, 2.5, kind="choice8", allocation="curvature", bytes=512),
+            row(
+                "choice8 512",
+                2.5,
+                2.5,
+                kind="choice8",
+                allocation="curvature",
+                bytes=512,
+                server_learning_rate=0.6,
+            ),
         ],
     )
-    assert "| choice8 | curvature | 7 | 512 | 600 | 2 | 2.500 | 62.50% | 50.00% .. 75.00% |" in text
+    assert "| choice8 | curvature | 7 | 512 | 600 | 0.6 | 0 | 2 | 2.500 | 62.50% | 50.00% .. 75.00% |" in text
     assert "seeds 0, 1: the share of FedAvg's loss reduction that Ferret reaches" in text
 
 

@@ -160,6 +160,12 @@ class FerretConfig:
         "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
         "that the server relays their mean alone, and robust.rule can be median or trimmed-mean",
     )
+    server_warmup: int = option(
+        0,
+        "rounds in which the server's step rises linearly to server_learning_rate; the first updates are the "
+        "largest, and so is their noise",
+        at_least=0,
+    )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
         "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
     )
@@ -453,6 +459,11 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             "ferret.coordinates: expected floats or levels where ferret.seeds is shared-round, since clients "
             f"would choose different columns, got {config.ferret.coordinates}"
+        )
+    if config.ferret.server_warmup and config.ferret.mode == "reference-code":
+        raise ConfigError(
+            "ferret.server_warmup: expected 0 where ferret.mode is reference-code, whose step falls, got "
+            f"{config.ferret.server_warmup}"
         )
     if config.ferret.seeds == "shared-round" and config.ferret.mode == "reference-code":
         raise ConfigError(

@@ -443,3 +443,20 @@ def test_a_client_of_other_coordinates_is_rejected() -> None:
     assert_only_the_first_is_refused(
         fed.server, [with_scales, *sent[1:]], "must have no values but contract, seed, gammas, got scales"
     )
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_servers_step_warms_up(seeds: Any) -> None:
+    """Over three rounds to server_learning_rate; everybody goes by the step in the broadcast."""
+    fed = federation(seeds=seeds, server_warmup=3)
+    for _ in range(5):
+        fed.round()
+    steps = [wire.decode(broadcast).value("step", float) for broadcast in fed.server.broadcasts[1:]]
+    assert steps == pytest.approx([STEP / 3, STEP * 2 / 3, STEP, STEP, STEP])
+    assert {wire.decode(b).value("step", float) for b in federation().server.broadcasts[1:]} <= {STEP}
+
+
+def test_the_reference_codes_step_does_not_warm_up() -> None:
+    given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.mode", "reference-code")]
+    with pytest.raises(ConfigError, match=r"ferret.server_warmup: expected 0 where ferret.mode is ref"):
+        build([*given, ("ferret.server_warmup", 2)])

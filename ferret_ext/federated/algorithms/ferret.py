@@ -119,6 +119,11 @@ class Projecting(Algorithm[P]):
             written = coordinates.write(gammas, plan, kind)
         return {"contract": self.contract, "seed": seed, **written}, loss
 
+    def step(self, round_: int) -> float:
+        """The server's step in a round."""
+        warmup = max(1, self.config.server_warmup)
+        return self.server_learning_rate * min(1.0, round_ / warmup)
+
     def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
         """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
         device = replica.params[0].device
@@ -139,7 +144,7 @@ class Projecting(Algorithm[P]):
 
 @dataclass(frozen=True)
 class Ferret(Projecting[PlanReplica]):
-    """w_r = w_{r-1} - server_learning_rate * mean_i V_i gamma_i, over the round's clients i."""
+    """w_r = w_{r-1} - step * mean_i V_i gamma_i, over the round's clients i."""
 
     name = "ferret"
 
@@ -151,7 +156,7 @@ class Ferret(Projecting[PlanReplica]):
         return self.project(replica, data, derive(data.seed, "basis"), watch)
 
     def combine(self, replica: PlanReplica, updates: Updates) -> Values:
-        values: dict[str, wire.Value] = {"contract": self.contract, "step": self.server_learning_rate}
+        values: dict[str, wire.Value] = {"contract": self.contract, "step": self.step(replica.round + 1)}
         if any(factor != 1 for factor in updates.factors):
             values["factors"] = np.array(updates.factors)
         return {**values, "updates": list(updates.received)}
@@ -205,7 +210,7 @@ class SharedReplica(PlanReplica):
 
 @dataclass(frozen=True)
 class SharedFerret(Projecting[SharedReplica]):
-    """w_r = w_{r-1} - server_learning_rate * V mean_i gamma_i, V the basis of round r for all its clients.
+    """w_r = w_{r-1} - step * V mean_i gamma_i, V the basis of round r for all its clients.
 
     Coordinates on one basis can be averaged, so that the server relays K numbers however many clients there
     are, and by their median. But the noise of the projection no longer averages out over the clients: beside
@@ -240,7 +245,7 @@ class SharedFerret(Projecting[SharedReplica]):
         mean = updates.average(lambda update: torch.from_numpy(self.floats(replica, update).astype(float)))
         return {
             "contract": self.contract,
-            "step": self.server_learning_rate,
+            "step": self.step(replica.round + 1),
             "gammas": rounded(mean.numpy()),
             "next_seed": self._seed_of(replica.round + 2),
         }
