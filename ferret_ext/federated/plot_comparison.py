@@ -61,6 +61,15 @@ def draw_panel(panel: Axes, runs: Sequence[dict[str, Any]], index: int) -> None:
     elif index == 0:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(axis="y", color=GRID, linewidth=0.6)
+    if (limits := loss_limits(runs)) is not None:
+        panel.set_ylim(limits)
+
+
+def loss_limits(runs: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """Where the losses' axis ends if some run diverges, so that the others can still be told apart."""
+    losses = [round_["eval_loss"] for run in runs for round_ in run["rounds"]]
+    highest = 1.25 * max(run["rounds"][0]["eval_loss"] for run in runs)
+    return (0.9 * min(losses), highest) if max(losses) > highest else None
 
 
 def draw_panel_alone(panel: Axes, runs: Sequence[dict[str, Any]], index: int) -> None:

@@ -13,6 +13,7 @@ from conftest import SMALL, read_metrics
 from ferret_ext.federated import compare, presets
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.config import build
+from ferret_ext.federated.plot_comparison import loss_limits
 from ferret_ext.federated.presets import PRESETS
 from ferret_ext.federated.settings import ConfigError
 
@@ -189,3 +190,11 @@ def test_command_line_wins_over_a_variants_settings(tmp_path: Path) -> None:
     assert run.folder == tmp_path / "ferret" / "seed-5"
     with pytest.raises(ConfigError, match="algorithm: expected"):
         compare.plan(lambda _: [*settings_of("ferret"), ("algorithm", "x")], ["x"], [5], tmp_path)
+
+
+def test_a_run_that_diverges_does_not_hide_the_others() -> None:
+    def run(*losses: float) -> dict[str, Any]:
+        return {"rounds": [{"eval_loss": loss} for loss in losses]}
+
+    assert loss_limits([run(4.0, 3.0), run(4.0, 2.0)]) is None
+    assert loss_limits([run(4.0, 3.0), run(4.0, 900.0)]) == (pytest.approx(2.7), 5.0)
