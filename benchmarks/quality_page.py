@@ -116,8 +116,9 @@ FRONTIER = """## TITLE
 after ROUNDS rounds from the same start, with the same local training and the same seed. Bytes are a
 client's of one round: those of coordinates and scales, and of the whole message as it was sent. The step
 is `server_learning_rate`, reached over as many rounds as `ferret.server_warmup` says; Ferret's were chosen
-by trials on the seeds 0 and 1, FedAvg's is 1. The first updates are several times as long as later ones,
-and so is the noise of their reconstruction: a step that starts small loses little and saves a lot.
+by trials on GSM8K's seeds 0 and 1, FedAvg's is 1 throughout, so that shares above 100% are over a FedAvg
+that a warm-up might help too. The first updates are several times as long as later ones, and so is the
+noise of their reconstruction: a step that starts small loses little and saves a lot.
 
 TABLE
 
