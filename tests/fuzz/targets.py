@@ -36,6 +36,7 @@ LONGEST_REASON = 1000  # characters
 # Names of averaged algorithms but one mean the same code.
 ALGORITHMS = (
     "ferret",
+    "ferret+choice8",
     "ferret-round+int4",
     "ferret-ref",
     "fedavg",

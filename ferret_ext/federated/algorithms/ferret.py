@@ -99,10 +99,6 @@ class Projecting(Algorithm[P]):
     def contract(self) -> int:
         return stream_contract(self.config.chosen_basis)
 
-    def first_plan(self, model: Any) -> ferret_ext.BlockPlan:
-        """The plan of round 1."""
-        return first_plan(self.config, model)
-
     def project(self, replica: P, data: LocalData, seed: int, watch: Stopwatch) -> tuple[Values, float]:
         """Trains; the update's values by the basis of this seed, and the training loss."""
         with watch("local"):
@@ -149,7 +145,7 @@ class Ferret(Projecting[PlanReplica]):
     name = "ferret"
 
     def replicate(self, model: Any) -> PlanReplica:
-        plan = self.first_plan(model)
+        plan = first_plan(self.config, model)
         return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
 
     def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
@@ -224,7 +220,7 @@ class SharedFerret(Projecting[SharedReplica]):
     seed: int
 
     def replicate(self, model: Any) -> SharedReplica:
-        plan = self.first_plan(model)
+        plan = first_plan(self.config, model)
         return SharedReplica(model, plan.select(model.named_parameters()), plan=plan)
 
     def opening(self, replica: SharedReplica) -> Values:
