@@ -85,13 +85,13 @@ class RunFolder(ResultFolder):
     """The folder of one run: the config, the rounds' metrics and their plot, the partition, and model/.
 
     Where text was generated, also samples.jsonl: a line for each sample of each such round. What is needed to
-    go on after a crash stands there too, see `journal`.
+    go on after a crash stands there too, see `journal`. config.yaml tells that a folder is a run's, so it is
+    there as long as anything is: it is written first and replaced, never removed.
     """
 
     results = (
         *journal.FILES,
         *trackers.FILES,
-        "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
         "plot.png",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partialmethod
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from conftest import SMALL, read_metrics
 
 from ferret_ext.federated import ledger
 from ferret_ext.federated.cli import main
+from ferret_ext.federated.config import build
 from ferret_ext.federated.evaluation import Evaluator
+from ferret_ext.federated.report import RunFolder
 
 VARIANTS: dict[str, list[str]] = {
     "ferret": ["ferret.allocation=norm", "training.keep_state=true"],
@@ -145,6 +149,40 @@ def test_resume_begins_a_run_that_has_not_begun_and_leaves_a_finished_one(
     assert main(["simulate", "--out", str(tmp_path), "--resume"]) == 0
     assert "finished before" in capsys.readouterr().out
     assert (tmp_path / WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_a_run_that_dies_while_it_begins_anew_can_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first death was before the ledger's head, the second may be before any removal or file of the
+    second beginning."""
+    config = build([("model", "toy"), ("data", "toy"), ("out", str(tmp_path / "run"))])
+    for deaths in count():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        RunFolder(config, resume=True).begin()
+        for name in ("metrics.jsonl", "samples.jsonl", "ledger", ".ledger.head.new"):
+            (tmp_path / "run" / name).write_text("as far as it came\n")
+        try:
+            with monkeypatch.context() as patch:
+                dies_after(deaths, patch)
+                RunFolder(config, resume=True).begin()
+            break
+        except KeyboardInterrupt:
+            RunFolder(config, resume=True)
+    assert deaths > 10
+
+
+def dies_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets so many calls that change files happen, and raises KeyboardInterrupt at the next one."""
+    left = iter(range(calls))
+
+    def dying(path: Path, call: Any, *args: Any, **named: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return call(path, *args, **named)
+
+    for name in ("unlink", "mkdir", "write_text"):
+        monkeypatch.setattr(Path, name, partialmethod(dying, getattr(Path, name)))
 
 
 def test_another_run_is_not_resumed(
