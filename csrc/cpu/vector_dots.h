@@ -106,10 +106,14 @@ FERRET_HD typename V::I dot_columns(const RunBits* bits, const RunDigits& digits
 
 inline constexpr int kDotBatch = 16;  // columns whose bits are made together
 
+// Values of a tile by column. Four are stored at a time, also those of the last column alone.
+template <class V>
+using DotValues = double[V::dot_columns + 3];
+
 // values[tile][i] of the columns first + i.
 template <class V>
 void rademacher_run_dots(const RunDigits& digits, typename V::I totals, uint64_t first_tile, Stream stream,
-                         uint32_t first, int count, LinesAhead ahead, double (*values)[V::dot_columns]) {
+                         uint32_t first, int count, LinesAhead ahead, DotValues<V>* values) {
   using I = typename V::I;
   const uint64_t t = first_tile * 4;
   const PhiloxKeys keys(stream.seed);
@@ -129,7 +133,7 @@ void rademacher_run_dots(const RunDigits& digits, typename V::I totals, uint64_t
     const auto dot = [&](auto columns) FERRET_INLINE {
       for (; i + columns <= end; i += columns) {
         const I set = dot_columns<V, columns>(bits + (i - batch), digits, ahead);
-        V::store_quarters(V::sub(totals, V::add(set, set)), &values[0][i], V::dot_columns);
+        V::store_quarters(V::sub(totals, V::add(set, set)), &values[0][i], std::extent_v<DotValues<V>>);
       }
     };
     dot(std::integral_constant<int, 4>());
@@ -154,7 +158,7 @@ bool project_run_by_dots(const RunProduct<float>& p) {
   RunDigits digits;
   const auto totals =
       p.count <= 4 ? to_digits<V, true>(x, scale, digits, ahead) : to_digits<V, false>(x, scale, digits, ahead);
-  alignas(64) double values[kRun][V::dot_columns];
+  DotValues<V> values[kRun];
   rademacher_run_dots<V>(digits, totals, p.tile, p.stream, p.first, p.count, ahead, values);
   for (int i = 0; i < kRun; ++i) {
     if (states[i] == TileState::not_finite) poison<float>(p.count, p.sums);
