@@ -94,10 +94,11 @@ template <class Real>
 void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real>& updates, uint64_t span,
                 const RealKernels<Real>& kernels) {
   const uint64_t start = span * kSpan;
-  const Range elements = updates.pieces.elements();
-  const int begin = static_cast<int>(std::max(elements.begin, start) - start);
-  const int end = static_cast<int>(std::min(elements.end, start + kSpan) - start);
+  const Range range = updates.pieces.elements();
+  const int begin = static_cast<int>(std::max(range.begin, start) - start);
+  const int end = static_cast<int>(std::min(range.end, start + kSpan) - start);
   const Prefetch ahead = job.overwrite ? Prefetch{} : parameters(job, updates.pieces, {start + begin, start + end});
+  const bool alone = job.num_updates == 1 && updates.weights[0] == 1;  // fma(H, 1, 0) is H, which is never -0
   alignas(64) Real sums[kSpan], total[kSpan];
   if (end - begin < kSpan) std::fill(sums, sums + kSpan, Real(0));
   if (job.num_updates == 0) std::fill(total, total + kSpan, Real(0));
@@ -105,11 +106,12 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
     const Stream stream = {job.updates[i].seed, job.basis};
     kernels.sum_columns({updates.coordinates[i].groups.data(), block.columns, stream, span, i == 0 ? ahead : Prefetch{},
                          begin, end, sums});
-    kernels.accumulate(sums, kSpan, updates.weights[i], i == 0, total);
+    if (!alone) kernels.accumulate(sums, kSpan, updates.weights[i], i == 0, total);
   }
-  kernels.to_element_order(job.basis, total, sums);
+  Real* const elements = alone ? total : sums;
+  kernels.to_element_order(job.basis, alone ? sums : total, elements);
   for_each_overlap(updates.pieces, {start, start + kSpan}, [&](const Piece& piece, uint64_t first, uint64_t last) {
-    kernels.scale_add(sums + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
+    kernels.scale_add(elements + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
                       job.params[piece.tensor].dtype, element_of(job.params, piece, first));
   });
 }

@@ -29,6 +29,7 @@ struct Avx512Vnni : Avx512 {
     return static_cast<uint16_t>(reduce_max(max_unsigned(low, high)));
   }
 
+  FERRET_HD static I sub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
   FERRET_HD static I add_products(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
   // sum + the four products of each lane's bytes.
   FERRET_HD static I dot(I sum, I unsigned_bytes, I signed_bytes) {

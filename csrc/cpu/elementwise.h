@@ -74,15 +74,26 @@ struct SixteenHalves {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_mask_blend_epi16(is_nan, rounded, nan));
   }
   FERRET_HD static void store(__m512 x, bfloat16_t* to) {
-    const __m512i all = _mm512_castps_si512(x), high = _mm512_srli_epi32(all, 16);
-    const __m512i even = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), _mm512_and_si512(high, _mm512_set1_epi32(1)));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(all, even), 16);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+    const __m512i rounded = _mm512_srli_epi32(round_to_high_half(x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+  }
+  // Two vectors at a time: one permutation takes the high halves of both.
+  FERRET_HD static void store(__m512 x, __m512 y, bfloat16_t* to) {
+    const __m512i odd =
+        _mm512_setr_epi32(0x030001, 0x070005, 0x0B0009, 0x0F000D, 0x130011, 0x170015, 0x1B0019, 0x1F001D, 0x230021,
+                          0x270025, 0x2B0029, 0x2F002D, 0x330031, 0x370035, 0x3B0039, 0x3F003D);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round_to_high_half(x), odd, round_to_high_half(y)));
   }
 
  private:
+  // The high half of each lane is x as bfloat16, half to even, a NaN a quiet one.
+  FERRET_HD static __m512i round_to_high_half(__m512 x) {
+    const __m512i all = _mm512_castps_si512(x), up = _mm512_add_epi32(all, _mm512_set1_epi32(0x7FFF));
+    const __mmask16 odd = _mm512_test_epi32_mask(all, _mm512_set1_epi32(0x10000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+    return _mm512_mask_or_epi32(rounded, is_nan, all, _mm512_set1_epi32(0x400000));
+  }
   FERRET_HD static __m256i bits(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 };
 #endif
@@ -96,15 +107,18 @@ struct Loop {
 template <>
 struct Loop<float, bfloat16_t> : SixteenHalves {
   static constexpr int width = 16;
+  static constexpr bool pairs = true;  // two vectors are stored together
 };
 template <>
 struct Loop<float, float16_t> : SixteenHalves {
   static constexpr int width = 16;
+  static constexpr bool pairs = false;
 };
 #elif defined(__AVX2__) && defined(__F16C__)
 template <>
 struct Loop<float, float16_t> : EightHalves {
   static constexpr int width = 8;
+  static constexpr bool pairs = false;
 };
 #endif
 
@@ -164,10 +178,13 @@ void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype d
     T* p = static_cast<T*>(param);
     int64_t i = 0;
     if constexpr (Wide::width > 1) {
-      for (; i + Wide::width <= n; i += Wide::width) {
-        const auto before = overwrite ? Wide::zero() : Wide::load(p + i);
-        Wide::store(Wide::fused(Wide::load(sums + i), factor, before), p + i);
+      const auto result = [=](int64_t at) {
+        return Wide::fused(Wide::load(sums + at), factor, overwrite ? Wide::zero() : Wide::load(p + at));
+      };
+      if constexpr (Wide::pairs) {
+        for (; i + 2 * Wide::width <= n; i += 2 * Wide::width) Wide::store(result(i), result(i + Wide::width), p + i);
       }
+      for (; i + Wide::width <= n; i += Wide::width) Wide::store(result(i), p + i);
     }
     if (overwrite) {
       for (; i < n; ++i) store_rounded(fused_multiply_add(sums[i], factor, Real(0)), &p[i]);

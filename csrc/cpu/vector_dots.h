@@ -70,9 +70,12 @@ FERRET_HD typename V::I to_digits(const Source x, const float (&scales)[kRun], R
     unroll(Count<8>(), [&](auto n) FERRET_INLINE {
       I q[kRun], digit[3];
       for (int i = 0; i < kRun; ++i) {
-        q[i] = V::round(V::multiply(x.load(i, 32 * word + n / 2 * 128 + n % 2 * 16), scale[i]));
+        // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves it in the low
+        // bits as q + 2^22: what is too much is taken from the third digit.
+        q[i] = V::as_int(V::fused(x.load(i, 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
       }
       V::take_digits(q, digit);
+      digit[2] = V::sub_bytes(digit[2], V::set1(0x40404040u));
       for (int m = 0; m < 3; ++m) V::store(to[n][m], digit[m]);
       add_dots<V>(totals[0], digit, V::set1(0x01010101u));
       ahead();
