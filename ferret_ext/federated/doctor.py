@@ -45,8 +45,11 @@ def examine(
     """Every finding in turn.
 
     model: folder or hub name whose memory and disk are looked at, the latter where `out` is. listen, connect:
-    HOST:PORT that a server here would listen on, or that a client here would have to reach.
+    HOST:PORT that a server here would listen on, or that a client here would have to reach. Raises
+    ConfigError for addresses that are none.
     """
+    for address in filter(None, (listen, connect)):
+        parse_address(address)
     yield _versions()
     yield _extras()
     yield _cpu()

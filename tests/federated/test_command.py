@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ferret_ext.federated import cli
+from ferret_ext.federated import config as configuration
 from ferret_ext.federated.cli import COMMANDS, main
 from ferret_ext.federated.command import Command, make_parser
 from ferret_ext.federated.completion import SHELLS
@@ -74,6 +75,48 @@ def test_errors_take_one_line(
         main(["fail", "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("simulat", "COMMAND: invalid choice: 'simulat' (choose from"),
+        ("simulat", "did you mean simulate?; ferret --help explains"),
+        (
+            "simulate --rouns 3",
+            "unrecognized arguments: --rouns; did you mean --rounds?; ferret simulate --help",
+        ),
+        ("simulate --K 3", "did you mean --ferret.K?"),
+        ("simulate --ferret.k=3", "did you mean --ferret.K?"),
+        ("simulate --nothing-like-it", "unrecognized arguments: --nothing-like-it; ferret simulate --help"),
+        ("simulate --preset small/gsm", "did you mean small/gsm8k?"),
+        ("simulate --model", "--model: expected one argument"),
+        ("eval MODEL", "required: DATA; ferret eval"),
+        ("compare --seeds 0,x", "--seeds: expected different numbers, e.g. 0 or 0,1,2, got '0,x'"),
+        ("join host:1 --clients 0,0", "--clients: expected different numbers"),
+    ],
+)
+def test_what_is_not_understood_takes_one_line(
+    capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys) == shown(capsys, "--help")
+
+
+def test_each_setting_is_in_the_help_once(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "simulate", "--help")
+    for leaf in configuration.leaves():
+        assert text.count(f"  --{leaf.key} ") == 1
+    assert "--num-clients" not in text
+    options = COMMANDS["simulate"].parser().parse_args(["--num-clients", "7"])
+    assert vars(options)["num_clients"] == "7"
+
+
 def test_a_reader_that_leaves_is_no_error(small_run: Path) -> None:
     """`ferret inspect RUN | head -0`"""
     ferret = [sys.executable, "-u", "-m", "ferret_ext.federated", "inspect", str(small_run)]
@@ -107,6 +150,7 @@ def test_scripts_are_the_shells_language(
     [
         (["insp"], {"inspect"}),
         (["simulate", "--training.opt"], {"--training.optim"}),
+        (["simulate", "--num"], {"--num_clients", "--num_threads"}),
         (["simulate", "--training.optim", "ada"], {"adam", "adamw"}),
         (["simulate", "--preset", "demo"], {"demo"}),
         (["completion", ""], set(SHELLS)),
