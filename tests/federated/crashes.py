@@ -38,9 +38,9 @@ from ferret_ext.federated.config import FerretConfig, LedgerConfig, SimulationCo
 from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.journal import Genesis
-from ferret_ext.federated.metrics import Rejection, RoundMetrics, Stopwatch
+from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.report import RunFolder
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.server import Server
 
 ROUNDS = 7
@@ -52,19 +52,11 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 State = tuple[bytes, list[dict[str, Any]], bytes, bytes]
 
 
-class Watcher:
+class Watcher(Deaf):
     """Keeps metrics in the run's folder; says nothing."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-
-    def round_begins(self, round_: int, clients: list[int]) -> None: ...
-
-    def client_done(self, round_: int, client: int) -> None: ...
-
-    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
-
-    def update_rejected(self, round_: int, rejection: Rejection) -> None: ...
 
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
         self._folder.append(metrics, samples)
