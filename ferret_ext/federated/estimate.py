@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
 from ferret_ext.federated import coordinates, models, wire
@@ -156,13 +155,9 @@ def _size_of_whole(algorithm: str, model: Any) -> int:
     """Bytes of a message with all trained parameters, which are not made for it."""
     params = list(trainable(model).values())
     empty = _size(algorithm, {str(index): (1, 0) for index in range(len(params))})
-    lengths = sum(_described(param.numel()) - _described(0) for param in params)
-    return empty + lengths + sum(param.numel() * param.element_size() for param in params)
-
-
-def _described(numel: int) -> int:
-    """Bytes that a flat array takes in the head, beside its name (see `wire`)."""
-    return len(msgpack.packb(msgpack.ExtType(1, bytes(1) + wire._lengths([numel]))))
+    return empty + sum(
+        wire.array_bytes(param.element_size(), [param.numel()]) - wire.array_bytes(1, [0]) for param in params
+    )
 
 
 # ---- memory and disk ----
