@@ -16,13 +16,13 @@ from ferret_ext.federated import config as configuration
 from ferret_ext.federated import journal, ledger, plot, plot_coordinates, plot_partition, plot_runs, wire
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
-from ferret_ext.federated.dry_run import in_words
 from ferret_ext.federated.errors import LedgerError
 from ferret_ext.federated.inspection import value_in_words
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.page import Figure, Page, Picture, Table
 from ferret_ext.federated.plot_coordinates import NoCoordinates
 from ferret_ext.federated.settings import ConfigError, flatten
+from ferret_ext.federated.units import in_words
 from ferret_ext.federated.wire import Message
 
 WIDTH = 5.6  # inches of a picture: wide enough for a screen's column, and legible on a phone
