@@ -85,7 +85,8 @@ def _draw_stacks(axes: Axes, holdings: Holdings) -> None:
             reverse=True,
         )
     axes.set_xlim(-0.6, number - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     client = "clients, the largest first" if many else "client"
     axes.set(title=_title(holdings), xlabel=client, ylabel="training examples")
     axes.grid(axis="y", color=GRID, linewidth=0.6)
