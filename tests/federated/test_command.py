@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import SMALL
 
-from ferret_ext.federated import cli
+from ferret_ext.federated import cli, ledger, models
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.cli import COMMANDS, main
 from ferret_ext.federated.command import Command, make_parser
@@ -126,6 +132,32 @@ def test_a_reader_that_leaves_is_no_error(small_run: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_ctrl_c_stops_a_run_after_what_it_has_is_saved(tmp_path: Path) -> None:
+    """The signal itself, at whatever moment; the ledger then gives the last round's weights to the bit."""
+    out, model = tmp_path / "run", models.TINY_LLAMA
+    ferret = [sys.executable, "-m", "ferret_ext.federated"]
+    command = [*ferret, "simulate", *SMALL, "--rounds=100000", f"--out={out}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(rows(out)) < 4:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 130, said
+    assert said[-1] == "ferret simulate: interrupted"
+    assert f"ferret resume {out} goes on" in said[-2]
+    assert main(["replay", model, str(out), str(tmp_path / "rebuilt")]) == 0
+    (newest,) = deque(ledger.read(out / "ledger"), maxlen=1)
+    assert newest.round >= rows(out)[-1]["round"] >= 3
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics' whole lines."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
