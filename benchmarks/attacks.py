@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from soak import Deaf
 from timer import write
 
 from ferret_ext.federated import algorithms, models, presets, wire
@@ -34,7 +33,7 @@ from ferret_ext.federated.data.tokens import Example
 from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation, Evaluator
 from ferret_ext.federated.metrics import Stopwatch
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 

@@ -25,7 +25,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from soak import Deaf
 from timer import write
 
 import ferret_ext
@@ -38,6 +37,7 @@ from ferret_ext.federated.coordinates import PACKINGS
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.engines.in_process import simulate
+from ferret_ext.federated.rounds import Deaf
 
 SCALES = 8  # bytes of the unit beside a byte a block
 

@@ -43,9 +43,9 @@ from ferret_ext.federated.config import FerretConfig, LedgerConfig, RobustConfig
 from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.journal import Genesis, replay
-from ferret_ext.federated.metrics import Rejection, RoundMetrics, Stopwatch
+from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.report import RunFolder
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
@@ -144,20 +144,6 @@ class Carrier:
             else:
                 arrived += [spoiled] * (2 if fault == "twice" else 1)
         return arrived
-
-
-class Deaf:
-    """A watcher that takes no notice."""
-
-    def round_begins(self, round_: int, clients: list[int]) -> None: ...
-
-    def client_done(self, round_: int, client: int) -> None: ...
-
-    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
-
-    def update_rejected(self, round_: int, rejection: Rejection) -> None: ...
-
-    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
 class Watcher(Deaf):

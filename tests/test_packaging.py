@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ferret_ext
+import ferret_link
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(ferret_ext.__file__).parent
@@ -24,7 +25,9 @@ def test_version_is_the_same_everywhere() -> None:
 
 
 def test_type_information_is_shipped() -> None:
-    assert (PACKAGE / "py.typed").exists()
+    for package in (ferret_ext, ferret_link):
+        assert Path(package.__file__).with_name("py.typed").exists()
+    assert (PACKAGE / "_native.pyi").exists()
 
 
 def test_console_script_resolves() -> None:

@@ -76,6 +76,12 @@ def attach(model: Any, config: AdapterConfig, seed: int) -> Any:
         return peft.get_peft_model(model, settings)
 
 
+def attach_blank(model: Any, config: SimulationConfig) -> Any:
+    """A model on the meta device (`models.skeleton`) with its adapter there. Raises ConfigError."""
+    with torch.device("meta"):
+        return attach(model, config.adapter, seed=0)
+
+
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a folder for transformers; one with the adapter, for PEFT, where it cannot be merged.
 

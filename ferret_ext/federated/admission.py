@@ -14,6 +14,7 @@ from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import RobustConfig
 from ferret_ext.federated.errors import DisagreementError, QuorumError
 from ferret_ext.federated.metrics import Rejection
+from ferret_ext.federated.seeds import UsedSeeds
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
 
@@ -47,7 +48,7 @@ class Admission:
     algorithm: Algorithm[Any]
     config: RobustConfig
     equal_weights: bool = False
-    used: set[int] = field(default_factory=set)
+    used: UsedSeeds = field(default_factory=UsedSeeds)
 
     def __post_init__(self) -> None:
         if self.config.rule not in self.algorithm.rules:

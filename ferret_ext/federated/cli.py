@@ -12,9 +12,11 @@ from ferret_ext.federated import completion, deploy, presets, tools
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.command import (
     Command,
+    Parser,
     add_settings,
     make_console,
     make_parser,
+    numbers,
     perform,
     read_settings,
     settings_parser,
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status, see `explain.STATUSES`."""
     width = max(map(len, COMMANDS))
     table = "".join(f"  {name:{width}}  {command.summary}\n" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ferret",
         usage="ferret [--help] [--version] COMMAND ..",
         description="Federated full-parameter tuning with kilobytes.",
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ferret {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = parser.parse_args(given or ["--help"])
     command = COMMANDS[chosen.command]
     options = command.parser().parse_intermixed_args(chosen.arguments)
     try:
@@ -84,6 +87,7 @@ def simulate_parser() -> argparse.ArgumentParser:
         "simulate",
         "Federated rounds in this process. A run that was interrupted or killed goes on with ferret resume.",
         SIMULATE_EXAMPLES,
+        "[--out FOLDER] [--dry-run]",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that --out has part of, to the same bits"
@@ -114,10 +118,11 @@ def compare_parser() -> argparse.ArgumentParser:
         f"an algorithm, {presets.REFERENCE_CODE} or {presets.SHARED_ROUND}; settings of the command line "
         "hold for all of them.",
         COMPARE_EXAMPLES,
+        "[--out FOLDER] [--variants A,B ..] [--seeds 0,1 ..]",
     )
     parser.add_argument("--variants", type=_names, help="what is compared; by default the preset's variants")
     parser.add_argument(
-        "--seeds", type=_numbers, default=[0], help="of each variant's runs, e.g. 0,1,2; default 0"
+        "--seeds", type=numbers, default=[0], help="of each variant's runs, e.g. 0,1,2; default 0"
     )
     parser.add_argument(
         "--target-loss", type=float, help="loss that rounds are counted to; by default half way to the best"
@@ -131,12 +136,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    if not (numbers := [int(name) for name in _names(text)]):
-        raise ValueError
-    return numbers
-
-
 def eval_parser() -> argparse.ArgumentParser:
     parser = settings_parser(
         "eval",
@@ -144,6 +143,7 @@ def eval_parser() -> argparse.ArgumentParser:
         "is evaluated whole, of anything else the split dataset.eval_split. With a run's config.yaml the "
         "records are those that the run evaluated.",
         EVAL_EXAMPLES,
+        "MODEL DATA",
     )
     sections = ("out", *configuration.EVALUATION_SETTINGS)
     model, data, *rest = (leaf for leaf in configuration.leaves() if leaf.key.partition(".")[0] in sections)

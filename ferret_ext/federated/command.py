@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, get_type_hints
 
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import presets
+from ferret_ext.federated.explain import REFUSED
 from ferret_ext.federated.presets import PRESETS
 from ferret_ext.federated.settings import Leaf, Setting, expected, read_override, read_yaml
 
@@ -35,16 +39,71 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows each flag once."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        every = action.option_strings
+        action.option_strings = spelled_once(every)
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = every
+
+
+def spelled_once(flags: Sequence[str]) -> list[str]:
+    """The flags without --num-clients where --num_clients is among them."""
+    others = {_hyphenated(flag) for flag in flags if "_" in flag}
+    return [flag for flag in flags if flag not in others]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with what was probably meant, and not all that could be typed."""
+
+    def error(self, message: str) -> NoReturn:
+        text = message.replace("argument ", "", 1) if message.startswith("argument ") else message
+        text = re.sub(r", key=value$", "", text)  # nothing has to be there
+        print(f"{self.prog}: error: {text}{self._meant(text)}; {self.prog} --help explains", file=sys.stderr)
+        raise SystemExit(REFUSED)
+
+    def _meant(self, message: str) -> str:
+        """What is near to the first word that is not understood."""
+        if unknown := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            flags = [it.removeprefix("--") for action in self._actions for it in action.option_strings]
+            ends = [flag for flag in flags if flag.lower().endswith(f".{unknown[1].lower()}")]
+            near = [f"--{flag}" for flag in closest(unknown[1], flags) or ends[:1]]
+        elif unknown := re.search("invalid choice: '([^']*)'", message):
+            near = closest(unknown[1], [str(it) for action in self._actions for it in action.choices or ()])
+        else:
+            near = []
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """The known word that is nearest to this one, whatever its capitals; none if nothing is near."""
+    by_small = {name.lower(): name for name in known}
+    return [by_small[name] for name in difflib.get_close_matches(word.lower(), by_small, n=1)]
+
+
+def make_parser(command: str, description: str, examples: str, usage: str | None = None) -> Parser:
+    parser = Parser(
         prog=f"ferret {command}",
-        description=textwrap.fill(description),
+        usage=usage and f"ferret {command} {usage}",
+        description=textwrap.fill(description, 80),
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     return parser
+
+
+def numbers(text: str) -> list[int]:
+    """Different numbers >= 0, with commas between them."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found or len({*found}) < len(found) or not all(map(str.isdecimal, found)):
+        raise argparse.ArgumentTypeError(f"expected different numbers, e.g. 0 or 0,1,2, got {text!r}")
+    return [int(name) for name in found]
 
 
 def make_console(plain_width: int = PLAIN_WIDTH) -> Console:
@@ -66,17 +125,21 @@ def _pass_on() -> None:
     raise BrokenPipeError
 
 
-def settings_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """The parser of a command that takes settings."""
+def settings_parser(command: str, description: str, examples: str, usage: str = "") -> Parser:
+    """The parser of a command that takes settings. usage: what stands before them."""
     wins = (
         "Settings come from the preset, then the YAML file, then the flags, then key=value; the later wins."
     )
-    return make_parser(command, f"{description} {wins}", examples)
+    settings = "[--preset NAME] [--config FILE] [--SETTING VALUE ..] [key=value ..]"
+    return make_parser(command, f"{description} {wins}", examples, f"{usage} {settings}".strip())
 
 
 def add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> None:
     """A flag for every setting; `key=value` says the same and wins over a flag."""
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
+    names = ", ".join(sorted(PRESETS))
+    parser.add_argument(
+        "--preset", metavar="NAME", choices=sorted(PRESETS), help=f"settings to start from: {names}"
+    )
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="YAML file of settings, e.g. a run's config.yaml"
     )
@@ -84,13 +147,37 @@ def add_settings(parser: argparse.ArgumentParser, leaves: Sequence[Leaf]) -> Non
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. rounds=5 ferret.K=4096"
     )
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for leaf in leaves:
-        name = leaf.key.rpartition(".")[2]
-        default = "none" if leaf.default in (None, ()) else leaf.default
-        default = f"; default {default}" if default != "" else ""
-        help_text = f"{leaf.help} ({expected(leaf)}{default})".replace("%", "%%")
-        flags = dict.fromkeys([f"--{leaf.key}", f"--{leaf.key.replace('_', '-')}"])
-        parser.add_argument(*flags, dest=leaf.key, metavar=name.upper(), default=None, help=help_text)
+        section, _, name = leaf.key.rpartition(".")
+        if section not in groups:
+            groups[section] = parser.add_argument_group(*_heading(section))
+        groups[section].add_argument(
+            *dict.fromkeys([f"--{leaf.key}", _hyphenated(f"--{leaf.key}")]),
+            dest=leaf.key,
+            metavar=name.upper(),
+            default=None,
+            help=_help(leaf),
+        )
+
+
+def _hyphenated(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def _heading(section: str) -> tuple[str, str | None]:
+    """A section's title in the help, and what it is about."""
+    if not section:
+        return "settings (- may stand for _ in all flags)", None
+    about = get_type_hints(configuration.SimulationConfig)[section].__doc__ or ""
+    return f"settings {section}.*", about.partition("\n\n")[0]
+
+
+def _help(leaf: Leaf) -> str:
+    default = "none" if leaf.default in (None, ()) else str(leaf.default)
+    default = default.lower() if isinstance(leaf.default, bool) else default
+    said = f"; default {default}" if default else ""
+    return f"{leaf.help} ({expected(leaf)}{said})".replace("%", "%%")
 
 
 def read_settings(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated.command import Command, make_parser
+from ferret_ext.federated.command import Command, make_parser, spelled_once
 
 SHELLS = ("bash", "zsh", "fish")
 EXAMPLES = """examples:
@@ -50,6 +50,7 @@ def _whole(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     for name, it in commands.items():
         parser = it.parser()
         for action in parser._actions:
+            action.option_strings = spelled_once(action.option_strings)
             action.choices = action.choices or values.get(action.dest)
             if action.type is Path or action.dest in ("out", "model", "data"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]

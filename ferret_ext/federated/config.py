@@ -56,7 +56,9 @@ class DatasetConfig:
     format: Literal["auto", "gsm8k", "alpaca", "dolly"] = option(
         "auto", "columns and prompt template; auto goes by the columns"
     )
-    prompt: str | None = option(None, "a prompt template of your own, e.g. 'Q: {question}\\nA: '")
+    prompt: str | None = option(
+        None, "a prompt template of your own, e.g. 'Q: {question}\\nA: '; \\n ends a line"
+    )
     response: str | None = option(None, "the response's template, e.g. '{answer}'; goes with dataset.prompt")
     max_length: int = option(1024, "tokens of prompt and response together; the rest is cut off", at_least=2)
     max_prompt_length: int | None = option(

@@ -19,6 +19,7 @@ from ferret_ext.federated.command import (
     add_settings,
     make_console,
     make_parser,
+    numbers,
     read_settings,
     settings_parser,
     with_saved,
@@ -61,6 +62,7 @@ def serve_parser() -> argparse.ArgumentParser:
         "Federated rounds with clients that connect from elsewhere (ferret join): starts Flower's SuperLink "
         "and the run on it, and ends with it. A run that was interrupted, or killed, goes on with --resume.",
         SERVE_EXAMPLES,
+        "[--out FOLDER] [--listen HOST:PORT] [TLS and keys]",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out has part of")
     parser.add_argument(
@@ -148,7 +150,7 @@ def join_parser() -> argparse.ArgumentParser:
         JOIN_EXAMPLES,
     )
     parser.add_argument("server", metavar="HOST:PORT", help="where the SuperLink is")
-    parser.add_argument("--clients", type=_numbers, required=True, help="who this is, e.g. 0 or 0,1")
+    parser.add_argument("--clients", type=numbers, required=True, help="who this is, e.g. 0 or 0,1")
     parser.add_argument(
         "--root-certificates", metavar="PEM", type=Path, help="TLS: who has signed the server's"
     )
@@ -174,13 +176,6 @@ def _add_party(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="model=, data= and other settings of this machine"
     )
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(name) for name in text.split(",") if name.strip()]
-    if not numbers or len({*numbers}) < len(numbers) or min(numbers) < 0:
-        raise ValueError
-    return numbers
 
 
 def run_join(options: argparse.Namespace) -> int:
@@ -314,6 +309,7 @@ def init_parser() -> argparse.ArgumentParser:
         "Writes a Flower app: a run's settings in pyproject.toml, and the ServerApp and ClientApp. flwr run "
         "starts it on any SuperLink; started again, it goes on with what --out has.",
         INIT_EXAMPLES,
+        "FOLDER",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new or empty one")
     add_settings(parser, list(configuration.leaves()))

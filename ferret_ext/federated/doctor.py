@@ -21,6 +21,7 @@ from ferret_ext.federated import config as configuration
 from ferret_ext.federated import dry_run, estimate, models
 from ferret_ext.federated.report import processor
 from ferret_ext.federated.settings import ConfigError
+from ferret_ext.federated.units import in_words
 
 Verdict = Literal["ok", "warning", "fails"]
 EXTRAS = ("peft", "rouge", "rouge-score", "flwr")
@@ -45,8 +46,11 @@ def examine(
     """Every finding in turn.
 
     model: folder or hub name whose memory and disk are looked at, the latter where `out` is. listen, connect:
-    HOST:PORT that a server here would listen on, or that a client here would have to reach.
+    HOST:PORT that a server here would listen on, or that a client here would have to reach. Raises
+    ConfigError for addresses that are none.
     """
+    for address in filter(None, (listen, connect)):
+        parse_address(address)
     yield _versions()
     yield _extras()
     yield _cpu()
@@ -127,7 +131,7 @@ def _toolkit() -> str | None:
 
 def _gpu(index: int) -> Finding:
     about = torch.cuda.get_device_properties(index)
-    free, total = map(dry_run.in_words, torch.cuda.mem_get_info(index))
+    free, total = map(in_words, torch.cuda.mem_get_info(index))
     text = f"{about.name}, sm_{about.major}{about.minor}, {free} of {total} free"
     if (about.major, about.minor) < (8, 0):
         return Finding(f"GPU {index}", "fails", f"{text}; compute capability 8.0 or higher is needed")
@@ -180,19 +184,19 @@ def _room(name: str, out: Path) -> Iterator[Finding]:
     try:
         model = models.skeleton(name, config.dtype)
     except ConfigError as error:
-        yield Finding("model", "fails", str(error))
+        yield Finding("model", "fails", str(error).removeprefix("model: "))
         return
     device = models.pick_device("auto")
     free, needed = dry_run.free_memory(device), sum(estimate.memory(config, model).values())
-    text = f"about {dry_run.in_words(needed)} for {name} on {device}"
+    text = f"about {in_words(needed)} for {name} on {device}"
     if free is None:
         yield Finding("memory", "warning", f"{text}; this system does not say how much is free")
     else:
-        text = f"{text}, {dry_run.in_words(free)} free"
+        text = f"{text}, {in_words(free)} free"
         advice = "" if needed <= free else "; ferret simulate --dry-run says what it is for"
         yield Finding("memory", "fails" if needed > free else _tight(needed, free), text + advice)
     size, left = estimate.disk(config, model), dry_run.free_disk(out)
-    text = f"about {dry_run.in_words(size)} for a run's folder, {dry_run.in_words(left)} free at {out}/"
+    text = f"about {in_words(size)} for a run's folder, {in_words(left)} free at {out}/"
     yield Finding("disk", "fails" if size > left else _tight(size, left), text)
 
 

@@ -13,7 +13,7 @@ import torch
 from ferret_ext.federated import adapters, estimate, models
 from ferret_ext.federated.algorithms.base import trainable
 from ferret_ext.federated.config import SimulationConfig
-from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.units import in_words
 from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
 from ferret_ext.plan import BlockPlan
 
@@ -25,8 +25,7 @@ def describe(config: SimulationConfig) -> Iterator[str]:
     config = adapters.resolve(config)
     base = models.skeleton(config.model, config.dtype)
     full = models.trainable_bytes(base)
-    with torch.device("meta"):
-        model = adapters.attach(base, config.adapter, derive(config.seed, "adapter"))
+    model = adapters.attach_blank(base, config)
     yield _model_line(config, model)
     plan = estimate.plan_of(config, model)
     if plan is not None:
@@ -132,11 +131,3 @@ def _times(full: int, size: int) -> str:
         if size < full
         else "no less than the whole model"
     )
-
-
-def in_words(size: float) -> str:
-    """Bytes with a unit that suits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:,.0f} B"

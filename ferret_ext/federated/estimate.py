@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
 from ferret_ext.federated import coordinates, models, wire
@@ -156,13 +155,9 @@ def _size_of_whole(algorithm: str, model: Any) -> int:
     """Bytes of a message with all trained parameters, which are not made for it."""
     params = list(trainable(model).values())
     empty = _size(algorithm, {str(index): (1, 0) for index in range(len(params))})
-    lengths = sum(_described(param.numel()) - _described(0) for param in params)
-    return empty + lengths + sum(param.numel() * param.element_size() for param in params)
-
-
-def _described(numel: int) -> int:
-    """Bytes that a flat array takes in the head, beside its name (see `wire`)."""
-    return len(msgpack.packb(msgpack.ExtType(1, bytes(1) + wire._lengths([numel]))))
+    return empty + sum(
+        wire.array_bytes(param.element_size(), [param.numel()]) - wire.array_bytes(1, [0]) for param in params
+    )
 
 
 # ---- memory and disk ----
@@ -176,16 +171,25 @@ def memory(config: SimulationConfig, model: Any) -> dict[str, int]:
     whole = sum(param.numel() * param.element_size() for param in model.parameters())
     trained = models.trainable_bytes(model)
     parts = {"weights of the server and the clients": 2 * whole, **_copies(config, trained)}
-    if config.algorithm not in PUBLISHED:
-        moments = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
-        parts["gradients"] = trained
-        parts["state of the optimiser"] = moments * trained
-        batch = config.training.per_device_train_batch_size
-        parts["activations of a batch"] = activations(config, model, batch, training=True)
-    else:
-        batch = config.evaluation.per_device_eval_batch_size
-        parts["activations of a batch"] = activations(config, model, batch, training=False)
-    return {name: size for name, size in parts.items() if size}
+    evaluated = config.evaluation.max_samples or config.evaluation.per_device_eval_batch_size
+    batch = min(evaluated, config.evaluation.per_device_eval_batch_size)
+    evaluation = {"activations of a batch in evaluation": activations(config, model, batch, training=False)}
+    larger = max(_training(config, model, trained), evaluation, key=lambda phase: sum(phase.values()))
+    return {name: size for name, size in {**parts, **larger}.items() if size}
+
+
+def _training(config: SimulationConfig, model: Any, trained: int) -> dict[str, int]:
+    """What a client's steps take beside the weights."""
+    batch = config.training.per_device_train_batch_size
+    name = "activations of a batch in training"
+    if config.algorithm in PUBLISHED:
+        return {name: activations(config, model, batch, training=False)}
+    moments = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
+    return {
+        "gradients": trained,
+        "state of the optimiser": moments * trained,
+        name: activations(config, model, batch, training=True),
+    }
 
 
 def _copies(config: SimulationConfig, trained: int) -> dict[str, int]:

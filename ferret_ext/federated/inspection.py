@@ -11,9 +11,9 @@ import numpy as np
 
 from ferret_ext import BlockPlan
 from ferret_ext.federated import journal, ledger, wire
-from ferret_ext.federated.dry_run import in_words
 from ferret_ext.federated.errors import LedgerError
 from ferret_ext.federated.settings import ConfigError, read_yaml
+from ferret_ext.federated.units import in_words
 from ferret_ext.federated.wire import Message, WireError
 
 SHOWN = 20  # rows of a table; of longer ones the first and the last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 from markupsafe import Markup
 
 from ferret_ext.federated import config as configuration
-from ferret_ext.federated import journal, ledger, plot, plot_partition, plot_runs, wire
+from ferret_ext.federated import journal, ledger, plot, plot_coordinates, plot_partition, plot_runs, wire
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
-from ferret_ext.federated.dry_run import in_words
 from ferret_ext.federated.errors import LedgerError
 from ferret_ext.federated.inspection import value_in_words
 from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.page import Figure, Page, Picture, Table
+from ferret_ext.federated.plot_coordinates import NoCoordinates
 from ferret_ext.federated.settings import ConfigError, flatten
+from ferret_ext.federated.units import in_words
 from ferret_ext.federated.wire import Message
 
 WIDTH = 5.6  # inches of a picture: wide enough for a screen's column, and legible on a phone
@@ -31,7 +33,7 @@ def read(folder: Path) -> Page:
     """Raises ConfigError."""
     run = plot_runs.read_run(folder, folder.absolute().name)
     about = read_json(folder / "run.json")
-    holdings = _holdings(folder / "partition.json")
+    holdings = plot_runs.read_holdings(folder)
     try:
         history = [RoundMetrics.of_row(row) for row in run.rounds]
         messages = list(_messages(folder / journal.LEDGER))
@@ -77,13 +79,6 @@ def environment(about: dict[str, Any]) -> Table:
     return Table("Environment", ("what", "which"), rows, words=2, note=note)
 
 
-def _holdings(path: Path) -> Holdings | None:
-    try:
-        return Holdings.of_dict(read_json(path)) if path.exists() else None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"folder: {path} is damaged: {error}") from None
-
-
 def _messages(path: Path) -> Iterator[tuple[str, Message]]:
     """The newest round's broadcast and, where it relays updates, the first of these."""
     if not path.exists():
@@ -123,9 +118,10 @@ def _pictures(
     yield picture("Loss by round", plot.single(plot.draw_loss, history), 3.6)
     yield picture("Bytes of a client and round", plot.single(plot.draw_bytes, history), 3.6)
     yield picture("Seconds of a round by phase, its mean", plot.single(plot_runs.draw_phases, run), 3.0)
-    if plans := plot_runs.plans_of(run):
-        draw = plot.single(plot_runs.draw_coordinates, plans, "", 30)
-        yield picture("Coordinates by block", draw, plot_runs.coordinates_height(plans))
+    with suppress(NoCoordinates):
+        found = plot_coordinates.of_run(run.folder, run.config)
+        draw = plot.single(plot_coordinates.draw, found, "", 30)
+        yield picture("Coordinates by block", draw, plot_coordinates.height(found))
     if holdings:
         draw = plot.single(plot_partition.draw_partition, holdings)
         yield picture("Examples by client", draw, plot_partition.height(holdings))

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ferret_ext.federated.plot import GRID, plain, save
+from ferret_ext.federated.plot import GRID, log_bytes, plain, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def draw_panel(panel: Axes, runs: Sequence[dict[str, Any]], index: int) -> None:
     _draw(panel, runs, along, first=1 if logarithmic else 0)
     panel.set(xlabel=label)
     if logarithmic:
-        panel.set_xscale("log")
+        log_bytes(panel)
     elif index == 0:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(axis="y", color=GRID, linewidth=0.6)
@@ -92,5 +92,6 @@ def _draw(panel: Axes, runs: Sequence[dict[str, Any]], along: Along, first: int)
         colour = COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         mean = [sum(of_round) / len(of_round) for of_round in losses]
-        panel.plot(x, mean, color=colour, linestyle=dash, linewidth=1.8, label=plain(variant))
+        alone = "o" if len(x) == 1 else None  # a line of one point is none
+        panel.plot(x, mean, color=colour, linestyle=dash, linewidth=1.8, marker=alone, label=plain(variant))
         panel.fill_between(x, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15)

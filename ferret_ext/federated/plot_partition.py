@@ -29,9 +29,9 @@ NAMED = 60  # clients that have room for their names
 LONG = 44  # characters of a name that are shown
 
 
-def save_partition_plot(holdings: Holdings, folder: Path) -> None:
-    """Writes partition.png and partition.svg: a bar a client, with names where each client has one."""
-    save(single(draw_partition, holdings), (9, height(holdings)), folder, "partition")
+def save_partition_plot(holdings: Holdings, folder: Path, name: str = "partition") -> None:
+    """Writes NAME.png and NAME.svg: a bar a client, with names where each client has one."""
+    save(single(draw_partition, holdings), (9, height(holdings)), folder, name)
 
 
 def height(holdings: Holdings) -> float:
@@ -85,7 +85,8 @@ def _draw_stacks(axes: Axes, holdings: Holdings) -> None:
             reverse=True,
         )
     axes.set_xlim(-0.6, number - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     client = "clients, the largest first" if many else "client"
     axes.set(title=_title(holdings), xlabel=client, ylabel="training examples")
     axes.grid(axis="y", color=GRID, linewidth=0.6)

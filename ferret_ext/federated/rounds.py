@@ -33,6 +33,20 @@ class Watcher(Protocol):
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
+class Deaf:
+    """A watcher that takes no notice; what it is to notice, a subclass says."""
+
+    def round_begins(self, round_: int, clients: list[int]) -> None: ...
+
+    def client_done(self, round_: int, client: int) -> None: ...
+
+    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
+
+    def update_rejected(self, round_: int, rejection: Rejection) -> None: ...
+
+    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
+
+
 class Journal(Protocol):
     """What a run writes down, so that it can be resumed.
 

@@ -60,7 +60,8 @@ def plot_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "plot",
         "Draws runs, as PNG and SVG: loss against rounds, bytes and seconds; the time of a round by phase; "
-        "of Ferret's runs, how many coordinates each block has. A run under way is drawn as far as it is.",
+        "who holds what; of Ferret's runs, how many coordinates each block has. A run under way is drawn as "
+        "far as it is.",
         PLOT_EXAMPLES,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
@@ -112,8 +113,8 @@ def run_plot(options: argparse.Namespace) -> int:
     if options.out is None and len(options.runs) > 1:
         raise ConfigError("out: expected a folder for the pictures of several runs, got none; give --out")
     out = options.out or options.runs[0] / "plots"
-    names = plot_runs.save_plots(options.runs, out)
-    Lines(make_console()).say("\n".join(f"{out / name}.png, .svg" for name in names))
+    names, notes = plot_runs.save_plots(options.runs, out)
+    Lines(make_console()).say("\n".join([*(f"{out / name}.png, .svg" for name in names), *notes]))
     return 0
 
 

@@ -32,6 +32,12 @@ def test_auto_goes_by_the_columns(record: dict[str, str], name: str) -> None:
     assert choose("auto", None, None, [record], "data") is FORMATS[name]
 
 
+def test_a_line_may_end_as_it_is_typed_in_a_shell() -> None:
+    form = choose("auto", r"Q: {question}\n\nA: ", "{answer}\n", [GSM8K], "x")
+    assert form.prompt_of(GSM8K) == "Q: 2 + {3}?\n\nA: "
+    assert form.response_of(GSM8K) == "#### 5\n"
+
+
 def test_own_templates_take_any_column() -> None:
     own = choose("auto", "Q: {q} ", "{a}!", [{"q": 7, "a": "b"}], "data")
     assert own.prompt_of({"q": 7, "a": "b"}) == "Q: 7 "

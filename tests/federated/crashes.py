@@ -38,12 +38,13 @@ from ferret_ext.federated.config import FerretConfig, LedgerConfig, SimulationCo
 from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.journal import Genesis
-from ferret_ext.federated.metrics import Rejection, RoundMetrics, Stopwatch
+from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
 from ferret_ext.federated.report import RunFolder
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.server import Server
 
 ROUNDS = 7
+MEMORY = "/dev/shm"
 MAKERS: dict[str, Callable[[Any], Any]] = {
     "ferret": lambda fit: Ferret(FerretConfig(K=40, allocation="norm"), 1.0, fit),
     "ferret-shared-round": lambda fit: SharedFerret(FerretConfig(K=40, allocation="norm"), 1.0, fit, seed=3),
@@ -52,19 +53,11 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 State = tuple[bytes, list[dict[str, Any]], bytes, bytes]
 
 
-class Watcher:
+class Watcher(Deaf):
     """Keeps metrics in the run's folder; says nothing."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-
-    def round_begins(self, round_: int, clients: list[int]) -> None: ...
-
-    def client_done(self, round_: int, client: int) -> None: ...
-
-    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
-
-    def update_rejected(self, round_: int, rejection: Rejection) -> None: ...
 
     def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None:
         self._folder.append(metrics, samples)
@@ -72,7 +65,7 @@ class Watcher:
 
 def remembering(states: OptimizerStates, model: Any, data: Any, seed: int, client: int = 0) -> float:
     """Training that depends on what the client kept from its former rounds."""
-    loss = train(model, data, seed)
+    loss = train(model, data, seed, steps=1)
     weight = next(model.parameters())
     kept = states.pop(client, {}).get(0, {"momentum": torch.zeros_like(weight)})["momentum"]
     with torch.no_grad():
@@ -202,14 +195,27 @@ class Torn:
         self._file.close()
 
 
-def child(path: Path, name: str, boundary: int = 0, delay: float | None = None) -> str:
-    """Plays the run in a process of its own, which may be killed: "killed" or "finished"."""
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for runs, in memory where that is possible: a process that is killed loses no file there."""
+    return tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
+
+
+def child(
+    path: Path, name: str, boundary: int = 0, delay: float | None = None, count: Path | None = None
+) -> str:
+    """Plays the run in a process of its own, which may be killed: "killed" or "finished".
+
+    count: a file for the number of its boundaries.
+    """
     process = os.fork()
     if process == 0:
         try:
-            if boundary:
-                Boundaries(boundary).install()
+            boundaries = Boundaries(boundary)
+            if boundary or count:
+                boundaries.install()
             play(path, name)
+            if count:
+                count.write_text(str(-boundaries.left))
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -225,7 +231,7 @@ def child(path: Path, name: str, boundary: int = 0, delay: float | None = None) 
 
 def crash_and_resume(name: str, deaths: Sequence[dict[str, Any]], expected: State) -> int:
     """Plays one run that dies so and is resumed, until it is finished; how often it was killed."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch() as temporary:
         path = Path(temporary) / "run"
         killed = sum(child(path, name, **death) == "killed" for death in deaths)
         child(path, name)
@@ -266,7 +272,7 @@ def main() -> None:
     draw = random.Random(options.seed)
     counts: Counter[str] = Counter()
     for name in MAKERS:
-        with tempfile.TemporaryDirectory() as temporary:
+        with scratch() as temporary:
             start = time.perf_counter()
             child(Path(temporary) / "alone", name)
             seconds = time.perf_counter() - start
@@ -277,16 +283,11 @@ def main() -> None:
 
 
 def count_boundaries(name: str) -> int:
-    """How many moments a run that is let alone has, found by bisection of where it no longer dies."""
-    low, high = 1, 1 << 14
-    while low < high:
-        middle = (low + high) // 2
-        with tempfile.TemporaryDirectory() as temporary:
-            if child(Path(temporary) / "run", name, boundary=middle) == "killed":
-                low = middle + 1
-            else:
-                high = middle
-    return low - 1
+    """How many moments a run that is let alone has."""
+    with scratch() as temporary:
+        count = Path(temporary) / "count"
+        child(Path(temporary) / "run", name, count=count)
+        return int(count.read_text())
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ def toy() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
-def train(model: Any, data: Sequence[Example], seed: int, client: int = 0) -> float:
-    """Five SGD steps on a regression drawn from the seed; the examples are not looked at."""
+def train(model: Any, data: Sequence[Example], seed: int, client: int = 0, steps: int = 5) -> float:
+    """SGD steps on a regression drawn from the seed; the examples are not looked at."""
     random = torch.Generator().manual_seed(seed % 2**63)
     x = torch.randn(20, 9, generator=random).to(next(model.parameters()).dtype)
     y = torch.randn(20, 3, generator=random).to(x.dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(5):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.config import FerretConfig
-from ferret_ext.federated.metrics import Rejection, RoundMetrics
+from ferret_ext.federated.metrics import Rejection
+from ferret_ext.federated.rounds import Deaf
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "ferret": lambda: Ferret(FerretConfig(K=40, allocation="norm", coordinates="float32"), 0.4, train),
@@ -57,17 +58,9 @@ def seed_of(payload: bytes) -> int:
     return wire.decode(payload).value("seed", int)
 
 
-class Listener:
+class Listener(Deaf):
     def __init__(self) -> None:
         self.rejected: list[Rejection] = []
 
-    def round_begins(self, round_: int, clients: list[int]) -> None: ...
-
-    def client_done(self, round_: int, client: int) -> None: ...
-
-    def client_left_out(self, round_: int, client: int, reason: str) -> None: ...
-
     def update_rejected(self, round_: int, rejection: Rejection) -> None:
         self.rejected.append(rejection)
-
-    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Any]) -> None: ...

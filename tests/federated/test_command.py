@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import SMALL
 
-from ferret_ext.federated import cli
+from ferret_ext.federated import cli, ledger, models
+from ferret_ext.federated import config as configuration
 from ferret_ext.federated.cli import COMMANDS, main
 from ferret_ext.federated.command import Command, make_parser
 from ferret_ext.federated.completion import SHELLS
@@ -74,6 +81,48 @@ def test_errors_take_one_line(
         main(["fail", "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("simulat", "COMMAND: invalid choice: 'simulat' (choose from"),
+        ("simulat", "did you mean simulate?; ferret --help explains"),
+        (
+            "simulate --rouns 3",
+            "unrecognized arguments: --rouns; did you mean --rounds?; ferret simulate --help",
+        ),
+        ("simulate --K 3", "did you mean --ferret.K?"),
+        ("simulate --ferret.k=3", "did you mean --ferret.K?"),
+        ("simulate --nothing-like-it", "unrecognized arguments: --nothing-like-it; ferret simulate --help"),
+        ("simulate --preset small/gsm", "did you mean small/gsm8k?"),
+        ("simulate --model", "--model: expected one argument"),
+        ("eval MODEL", "required: DATA; ferret eval"),
+        ("compare --seeds 0,x", "--seeds: expected different numbers, e.g. 0 or 0,1,2, got '0,x'"),
+        ("join host:1 --clients 0,0", "--clients: expected different numbers"),
+    ],
+)
+def test_what_is_not_understood_takes_one_line(
+    capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys) == shown(capsys, "--help")
+
+
+def test_each_setting_is_in_the_help_once(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "simulate", "--help")
+    for leaf in configuration.leaves():
+        assert text.count(f"  --{leaf.key} ") == 1
+    assert "--num-clients" not in text
+    options = COMMANDS["simulate"].parser().parse_args(["--num-clients", "7"])
+    assert vars(options)["num_clients"] == "7"
+
+
 def test_a_reader_that_leaves_is_no_error(small_run: Path) -> None:
     """`ferret inspect RUN | head -0`"""
     ferret = [sys.executable, "-u", "-m", "ferret_ext.federated", "inspect", str(small_run)]
@@ -83,6 +132,32 @@ def test_a_reader_that_leaves_is_no_error(small_run: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_ctrl_c_stops_a_run_after_what_it_has_is_saved(tmp_path: Path) -> None:
+    """The signal itself, at whatever moment; the ledger then gives the last round's weights to the bit."""
+    out, model = tmp_path / "run", models.TINY_LLAMA
+    ferret = [sys.executable, "-m", "ferret_ext.federated"]
+    command = [*ferret, "simulate", *SMALL, "--rounds=100000", f"--out={out}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(rows(out)) < 4:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 130, said
+    assert said[-1] == "ferret simulate: interrupted"
+    assert f"ferret resume {out} goes on" in said[-2]
+    assert main(["replay", model, str(out), str(tmp_path / "rebuilt")]) == 0
+    (newest,) = deque(ledger.read(out / "ledger"), maxlen=1)
+    assert newest.round >= rows(out)[-1]["round"] >= 3
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics' whole lines."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +182,7 @@ def test_scripts_are_the_shells_language(
     [
         (["insp"], {"inspect"}),
         (["simulate", "--training.opt"], {"--training.optim"}),
+        (["simulate", "--num"], {"--num_clients", "--num_threads"}),
         (["simulate", "--training.optim", "ada"], {"adam", "adamw"}),
         (["simulate", "--preset", "demo"], {"demo"}),
         (["completion", ""], set(SHELLS)),

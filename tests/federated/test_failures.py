@@ -21,10 +21,10 @@ from ferret_ext.federated.cli import main
 from ferret_ext.federated.client import DivergedError, LocalTrainer
 from ferret_ext.federated.config import FerretConfig, SimulationConfig, TrainingConfig
 from ferret_ext.federated.engines.in_process import InProcessClients
-from ferret_ext.federated.evaluation import Evaluation, Sample
+from ferret_ext.federated.evaluation import Evaluation
 from ferret_ext.federated.members import client_weights
 from ferret_ext.federated.metrics import RoundMetrics, Stopwatch
-from ferret_ext.federated.rounds import Evaluate, run_rounds
+from ferret_ext.federated.rounds import Deaf, Evaluate, run_rounds
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
 
@@ -74,20 +74,14 @@ def test_an_update_that_overflows_is_a_failure_too() -> None:
     assert "0 must be finite, 63 elements are not" in reply.failure
 
 
-class Listener:
+class Listener(Deaf):
     """A watcher that remembers."""
 
     def __init__(self) -> None:
         self.left_out: list[tuple[int, int, str]] = []
 
-    def round_begins(self, round_: int, clients: list[int]) -> None: ...
-
-    def client_done(self, round_: int, client: int) -> None: ...
-
     def client_left_out(self, round_: int, client: int, reason: str) -> None:
         self.left_out.append((round_, client, reason))
-
-    def round_ends(self, metrics: RoundMetrics, samples: Sequence[Sample]) -> None: ...
 
 
 def finite(round_: int, model: Any, watch: Stopwatch) -> Evaluation:

@@ -10,8 +10,11 @@ from xml.etree import ElementTree
 import pytest
 from conftest import SMALL
 
-from ferret_ext.federated import plot_runs
+from ferret_ext.federated import models, plot_coordinates, plot_runs
+from ferret_ext.federated.algorithms.ferret import first_plan
 from ferret_ext.federated.cli import main
+from ferret_ext.federated.config import FerretConfig
+from ferret_ext.federated.plot_coordinates import Coordinates
 from ferret_ext.federated.settings import ConfigError
 
 
@@ -32,9 +35,10 @@ def by_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_run_is_drawn_into_its_folder(by_norm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(by_norm)]) == 0
     names = {path.name for path in (by_norm / "plots").iterdir()}
-    assert names == {f"{name}.{kind}" for name in ("loss", "time", "coordinates") for kind in ("png", "svg")}
+    expected = ("loss", "time", "coordinates", "partition")
+    assert names == {f"{name}.{kind}" for name in expected for kind in ("png", "svg")}
     shown = capsys.readouterr().out
-    for name in ("loss", "time", "coordinates"):
+    for name in expected:
         assert f"plots/{name}.png, .svg" in shown
         assert (by_norm / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     drawn = texts(by_norm / "plots" / "coordinates.svg")
@@ -42,40 +46,90 @@ def test_one_run_is_drawn_into_its_folder(by_norm: Path, capsys: pytest.CaptureF
     assert "model.embed_tokens.weight" in drawn
     assert "round 2" in drawn
     assert "Time of a round by phase" in texts(by_norm / "plots" / "time.svg")
+    assert "Who holds what" in texts(by_norm / "plots" / "partition.svg")
 
 
 def test_several_runs_share_pictures(by_norm: Path, small_run: Path, tmp_path: Path) -> None:
     assert main(["plot", str(by_norm), str(small_run), "--out", str(tmp_path / "out")]) == 0
     names = {path.stem for path in (tmp_path / "out").iterdir()}
-    assert names == {"loss", "time", "coordinates-1", "coordinates-2"}
+    assert names == {
+        "loss",
+        "time",
+        *(f"{of}-{run}" for of in ("coordinates", "partition") for run in (1, 2)),
+    }
     drawn = texts(tmp_path / "out" / "loss.svg")
     assert "by-norm" in drawn
     assert "evaluation loss" in drawn
 
 
-def test_plans_follow_from_the_ledger(by_norm: Path, small_run: Path) -> None:
+def coordinates(folder: Path) -> Coordinates:
+    run = plot_runs.read_run(folder, "a")
+    return plot_coordinates.of_run(run.folder, run.config)
+
+
+def test_coordinates_follow_from_the_ledger(by_norm: Path, small_run: Path) -> None:
     """By norm they begin by the root of the size and change after round 1, by size they do not change."""
-    first, second = plot_runs.plans_of(plot_runs.read_run(by_norm, "a"))
-    assert [block.name for block in first.blocks] == [block.name for block in second.blocks]
+    found, by_size = coordinates(by_norm), coordinates(small_run)
+    first, second = found.counts
     assert first != second
-    assert first.K == second.K == 64
-    by_size = plot_runs.plans_of(plot_runs.read_run(small_run, "b"))
-    assert len(by_size) == 3
-    assert len(set(by_size)) == 1
-    assert by_size[0].with_allocation("sqrt-size") == first
+    assert sum(first) == sum(second) == 64
+    assert found.first == "round 1, by sqrt-size"
+    assert found.blocks == by_size.blocks
+    assert len(by_size.counts) == 3
+    assert len(set(map(tuple, by_size.counts))) == 1
+    plan = first_plan(
+        FerretConfig(K=64, allocation="sqrt-size"), models.skeleton(models.TINY_LLAMA, "float32")
+    )
+    assert first == [block.k for block in plan.blocks]
 
 
-def test_plans_of_a_run_with_shared_seeds(tmp_path: Path) -> None:
+def test_coordinates_of_a_run_with_shared_seeds(tmp_path: Path) -> None:
     settings = ["ferret.seeds=shared-round", "ferret.coordinates=int8", "ferret.allocation=mse", "rounds=2"]
     assert main(["simulate", *SMALL, *settings, "--out", str(tmp_path / "run")]) == 0
-    first, second = plot_runs.plans_of(plot_runs.read_run(tmp_path / "run", "a"))
+    first, second = coordinates(tmp_path / "run").counts
     assert first != second
+
+
+def test_seeds_in_use_of_the_reference_codes_pool(tmp_path: Path) -> None:
+    """With one client a round they are the seeds that it took: all for the largest update, two at least."""
+    settings = ["ferret.mode=reference-code", "ferret.coordinates=auto", "ferret.basis=auto", "ferret.K=16"]
+    run = [*SMALL, *settings, "rounds=2", "client_fraction=0.25", "--out", str(tmp_path / "run")]
+    assert main(["simulate", *run]) == 0
+    found = coordinates(tmp_path / "run")
+    assert [max(counts) for counts in found.counts] == [16, 16]
+    assert all(2 <= count <= 16 for counts in found.counts for count in counts)
+    assert len({*found.counts[0]}) > 2
+    assert main(["plot", str(tmp_path / "run")]) == 0
+    drawn = texts(tmp_path / "run" / "plots" / "coordinates.svg")
+    assert "run: seeds in use by block, of 16 in the pool" in drawn
+
+
+def test_coordinates_of_an_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="adapters need PEFT")
+    settings = ["adapter.type=lora", "ferret.allocation=norm", "rounds=2", "--out", str(tmp_path / "run")]
+    assert main(["simulate", *SMALL, *settings]) == 0
+    assert all("lora" in name for name in coordinates(tmp_path / "run").blocks)
+
+
+def test_what_is_not_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["simulate", *SMALL, "algorithm=fedavg", "rounds=1", "--out", str(folder)]) == 0
+    (folder / "partition.json").unlink()
+    assert main(["plot", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "run: no coordinates by block: fedavg has none\n" in shown
+    assert "run: no picture of who holds what: there is no partition.json\n" in shown
 
 
 def test_a_run_under_way_is_drawn(by_norm: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(by_norm / name, tmp_path / name)
-    assert plot_runs.save_plots([tmp_path], tmp_path / "plots") == ["loss", "time"]
+    names, notes = plot_runs.save_plots([tmp_path], tmp_path / "plots")
+    assert names == ["loss", "time"]
+    assert [note.split(": ")[1] for note in notes] == [
+        "no coordinates by block",
+        "no picture of who holds what",
+    ]
 
 
 def test_labels_are_as_short_as_can_be() -> None:

@@ -93,7 +93,8 @@ class Mark:
         self.fields = copy.copy(vars(self.replica))
         self.state = self._state()
         if isinstance(self.thing, Server):
-            self.used, self.broadcasts = set(self.thing.admission.used), list(self.thing.broadcasts)
+            self.used = copy.deepcopy(self.thing.admission.used)
+            self.broadcasts = list(self.thing.broadcasts)
 
     def _state(self) -> Any:
         state = dict(self.replica.state())
@@ -115,7 +116,7 @@ class Mark:
         for param, value in zip(self.replica.params, self.params, strict=True):
             param.copy_(value)
         if isinstance(self.thing, Server):
-            self.thing.admission.used = set(self.used)
+            self.thing.admission.used = copy.deepcopy(self.used)
             self.thing.broadcasts = list(self.broadcasts)
 
 

@@ -77,7 +77,7 @@ def test_out_of_memory_is_said_and_changes_no_parameter() -> None:
     """With 0, 4, 8.. MiB left each call fails with a clear error and changes nothing, until one succeeds."""
     program = [sys.executable, "-c", textwrap.dedent(OUT_OF_MEMORY)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
-    result = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     seen = {name: outcomes for name, *outcomes in (line.split("|") for line in result.stdout.splitlines())}
     assert len(seen) == 14

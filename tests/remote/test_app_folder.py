@@ -175,7 +175,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    child, limit = int(ran.stdout), time.monotonic() + 10
+    child, limit = int(ran.stdout), time.monotonic() + 60
     while alive(child):
         assert time.monotonic() < limit
         time.sleep(0.05)

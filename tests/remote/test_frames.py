@@ -154,7 +154,7 @@ def test_another_users_process_is_not_heard(tmp_path: Path, monkeypatch: pytest.
     tmp_path.chmod(0o700)
     owner = os.getuid()
     with Listener(tmp_path / "socket") as listener:
-        connection = frames.connect(tmp_path / "socket", timeout=5)
+        connection = frames.connect(tmp_path / "socket", timeout=60)
         accepted = listener.accept()
         monkeypatch.setattr(os, "getuid", lambda: owner + 1)
         for end in (connection, accepted):
@@ -187,9 +187,9 @@ def test_a_dead_workers_socket_is_replaced_and_a_living_ones_is_not(tmp_path: Pa
     with Listener(path):
         with pytest.raises(SocketError, match="another worker listens at"):
             Listener(path)
-        frames.connect(path, timeout=5).close()
+        frames.connect(path, timeout=60).close()
     with pytest.raises(FileNotFoundError):
-        frames.connect(path, timeout=5)
+        frames.connect(path, timeout=60)
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Projecting(Algorithm[P]):
     """What does not depend on whose the seeds are.
 
     K_l must be known to everybody before the round. An allocation by norm therefore takes the norms of the
-    last round, which all derive from the coordinates that the server relayed; round 1 goes by size.
+    last round, which all derive from the coordinates that the server relayed; round 1 goes by sqrt-size.
     """
 
     config: FerretConfig

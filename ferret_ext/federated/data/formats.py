@@ -60,7 +60,8 @@ FORMATS = {
 def choose(
     name: str, prompt: str | None, response: str | None, records: Sequence[Columns], source: str
 ) -> Format:
-    """The format called `name`, the one that fits the columns ("auto"), or the user's own templates.
+    """The format called `name`, the one that fits the columns ("auto"), or the user's own templates, in which
+    a backslash and an n are an end of line.
 
     Raises DataError if the records lack a column of it.
     """
@@ -100,6 +101,8 @@ def _columns(records: Iterable[Columns]) -> set[str]:
 
 
 def _checked(template: str) -> str:
+    """The template, with an end of line where \\n is typed in a shell."""
+    template = template.replace(r"\n", "\n")
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:

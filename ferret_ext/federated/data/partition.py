@@ -20,7 +20,6 @@ from ferret_ext.federated.data.errors import DataError
 Parts = list[list[int]]  # client -> its examples' indices
 Counts = NDArray[np.int64]
 
-BY_COLUMN = ("dirichlet", "natural-id", "pathological")
 BY_SIZE = ("linear", "square", "exponential")
 DIRICHLET_MIN_SIZE = 10  # as in the paper and in Flower; 1 for the other kinds
 DRAWS = 1000  # of Dirichlet shares before giving up
@@ -46,9 +45,9 @@ def divide(
 ) -> Partition:
     """`count` examples among `num_clients` clients, by `keys`, each example's value of a column.
 
-    kind: one of `PartitionConfig.kind`. keys: [count], needed by the kinds in BY_COLUMN. num_clients: None
-    for as many as natural-id finds. With min_size 0 clients may go empty; these take no part, and the rest
-    are numbered anew. Raises DataError.
+    kind: one of `PartitionConfig.kind`. keys: [count], needed by dirichlet, natural-id and pathological.
+    num_clients: None for as many as natural-id finds. With min_size 0 clients may go empty; these take no
+    part, and the rest are numbered anew. Raises DataError.
     """
     least = config.min_size
     if least is None:
