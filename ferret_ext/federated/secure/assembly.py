@@ -72,22 +72,32 @@ class MaskedSum(Assembly):
         """The updates whose sum it is, with the sum. Raises QuorumError and RunError."""
         present = {message.client: message for message in updates.messages}
         seeds = self._pairs(present, talk)
-        secrets = self._secrets(present, talk)
-        total: Words = np.zeros(next(iter(present.values())).value("masked", np.ndarray).shape, np.uint32)
-        for client, message in present.items():
-            total = total + message.array("masked", "<u4", total.shape)
-            total = total - masks.own_stream(secrets[client], self._context, len(total))
-            for other in set(self.clients) - present.keys():
-                mask = masks.stream(seeds[client][other], len(total))
-                total = total - mask if other > client else total + mask
-        integers, bits = total.view(np.int32).astype(np.int64), bits_of(len(self.clients))
-        largest, most = int(np.abs(integers).max()), len(present) << bits
+        words = self._unmasked(present, self._secrets(present, talk), seeds)
+        summed = Summed(words.view(np.int32).astype(np.int64), bits_of(len(self.clients)))
+        largest, most = int(np.abs(summed.integers).max()), len(present) << summed.bits
         if largest > most:
             raise RunError(
                 f"round {self.about.round}: expected a sum of at most {most} in every coordinate, got "
-                f"{largest}: a client's masks are not those that it agreed on, or its numbers are beyond the public range"
+                f"{largest}: a client's masks or numbers are not what was agreed on"
             )
-        return self._only(updates, present, Summed(integers, bits))
+        return self._only(updates, present, summed)
+
+    def _unmasked(
+        self,
+        present: Mapping[int, Message],
+        secrets: Mapping[int, bytes],
+        seeds: Mapping[int, Mapping[int, bytes]],
+    ) -> Words:
+        """The sum of the updates without their own masks and those that they have with missing clients."""
+        count = next(iter(present.values())).value("masked", np.ndarray).size
+        total: Words = np.zeros(count, np.uint32)
+        for client, message in present.items():
+            total += message.array("masked", "<u4", (count,))
+            total -= masks.own_stream(secrets[client], self._context, count)
+            for other in set(self.clients) - present.keys():
+                mask = masks.stream(seeds[client][other], count)
+                total += -mask if other > client else mask
+        return total
 
     @property
     def _context(self) -> bytes:

@@ -63,5 +63,25 @@ def rows(items: Sequence[bytes], length: int) -> wire.Array:
     return np.frombuffer(b"".join(items), np.uint8).reshape(len(items), length)
 
 
+def overhead(clients: int) -> tuple[int, int]:
+    """Bytes that one of so many clients sends and receives beside update and broadcast in a round that nobody
+    drops out of, but for those of small numbers."""
+    everybody, session = numbers([2**16 - 1] * clients), bytes(masks.SESSION_BYTES)
+    about = Message(NAME, "request", wire.NO_DIGEST, 1)
+
+    def size(kind: Kind, stage: str, **values: Value) -> int:
+        return len(write(kind, stage, about, session, 0, **values))
+
+    def blank(length: int, count: int = clients) -> wire.Array:
+        return np.zeros((count, length), np.uint8)
+
+    answers = size("answer", "keys", key=blank(masks.KEY_BYTES, 1)[0])
+    answers += size("answer", "shares", shares=blank(masks.SHARE_BYTES))
+    requests = size("request", "keys")
+    requests += size("request", "update", threshold=1, clients=everybody, keys=blank(masks.KEY_BYTES))
+    requests += size("request", "shares", survivors=everybody, sealed=blank(masks.SEALED_BYTES))
+    return answers, requests
+
+
 def numbers(clients: Sequence[int]) -> wire.Array:
     return np.array(clients, np.uint32)
