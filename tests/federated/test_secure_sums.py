@@ -1,4 +1,4 @@
-"""Masked sums: exact whoever drops out, nothing but sums to see, and refusals of what would give away more."""
+"""Masked sums: exact whoever drops out, with nothing but sums to see, and what a client refuses to tell."""
 
 from __future__ import annotations
 
