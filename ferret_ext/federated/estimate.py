@@ -111,7 +111,7 @@ def traffic(config: SimulationConfig, model: Any) -> Traffic:
     return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most, *more)
 
 
-def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None, chosen: int) -> int:
+def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None, clients: int) -> int:
     """Bytes of a client's update."""
     algorithm = name_of(config)
     if plan is not None:
@@ -120,7 +120,7 @@ def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None, chosen
             return _size(algorithm, {**first, "counts": (4, len(plan.blocks)), "gammas": (4, plan.K)})
         if algorithm == messages.NAME:
             masked = {"session": bytes(masks.SESSION_BYTES), "masked": (4, plan.K)}
-            return _size(algorithm, {**first, **masked, "sealed": (1, chosen, masks.SEALED_BYTES)})
+            return _size(algorithm, {**first, **masked, "sealed": (1, clients, masks.SEALED_BYTES)})
         return _size(algorithm, {**first, **coordinates.blank(plan, config.ferret.chosen_coordinates)})
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
