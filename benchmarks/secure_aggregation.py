@@ -3,8 +3,8 @@
     python benchmarks/secure_aggregation.py [--K 4096] [--clients 3,10,50] [--json FILE]
 
 Rounds of Ferret with a shared basis in one process, on real bytes, with a model of 100,000 parameters whose
-"training" adds noise. Beside rounds with masks stand such in which a fifth of the clients, at least one, send no
-update after they gave their keys, and rounds without masks. Seconds are the processor's in all that masking
+"training" adds noise. Beside rounds with masks stand such in which a fifth of the clients, at least one, send
+no update after they gave their keys, and rounds without masks. Seconds are the processor's in all that masking
 takes, without training and projection; bytes are those of a round's messages over all clients drawn.
 """
 
@@ -143,8 +143,8 @@ def table(made: Sequence[Mapping[str, Any]]) -> str:
     for it in made:
         client, server = (1000 * it[f"{who}_seconds"] for who in ("client", "server"))
         lines.append(
-            f"{it['clients']:7}  {it['dropped']:7}  {it['what']:16}  {it['bytes_up']:8,}  {it['bytes_down']:10,}  "
-            f"{client:9.1f}  {server:9.1f}"
+            f"{it['clients']:7}  {it['dropped']:7}  {it['what']:16}  {it['bytes_up']:8,}  "
+            f"{it['bytes_down']:10,}  {client:9.1f}  {server:9.1f}"
         )
     return "\n".join(lines)
 
