@@ -3,9 +3,9 @@
     python benchmarks/secure_aggregation.py [--K 4096] [--clients 3,10,50] [--json FILE]
 
 Rounds of Ferret with a shared basis in one process, on real bytes, with a model of 100,000 parameters whose
-"training" adds noise. Beside rounds with masks stand such in which a fifth of the clients, at least one, send
-no update after they gave their keys, and rounds without masks. Seconds are the processor's in all that masking
-takes, without training and projection; bytes are those of a round's messages over all clients drawn.
+"training" adds noise. Beside rounds with masks stand ones in which a fifth of the clients, at least one,
+send no update after they gave their keys, and rounds without masks. Seconds are the processor's in all that
+masking takes, without training and projection; bytes are those of a round's messages over all clients drawn.
 """
 
 from __future__ import annotations
