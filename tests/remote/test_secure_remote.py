@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,23 @@ def test_a_masked_round_of_other_clients_is_not_summed_a_second_time(tmp_path: P
     del link.parties[102]
     with pytest.raises(QuorumError, match=r"one sum in round 2, which was that of clients \[0, 1, 2\], got"):
         play(config, link)
+
+
+def test_a_party_can_insist_on_masks(tmp_path: Path) -> None:
+    """It takes no part in a run whose server would see its updates, and it does in one that masks them."""
+    insisting = worker(0, "ferret.secure_aggregation=true")
+    for name, more in (("own", []), ("shared", ["ferret.seeds=shared-round"])):
+        link = parties()
+        link.parties[100] = Party(insisting)
+        config = settings(tmp_path / name, "client_fraction=1", "rounds=1", *more)
+        _, diary = play(config, link)
+        ((_, client, reason),) = diary.left_out
+        assert client == 0
+        assert re.search("seeds: expected shared-round|broadcast must have algorithm ferret-secure", reason)
+    link = parties()
+    link.parties[100] = Party(insisting)
+    _, diary = play(settings(tmp_path / "masked", *SECURE, "rounds=1"), link)
+    assert diary.left_out == []
 
 
 def test_a_client_that_never_answers_costs_a_masked_round_nothing(tmp_path: Path) -> None:

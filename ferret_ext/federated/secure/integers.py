@@ -67,18 +67,15 @@ def units(plan: BlockPlan, reaches: Reaches, bits: int) -> npt.NDArray[np.float6
 
 def to_integers(plan: BlockPlan, reaches: Reaches, gammas: Floats, bits: int) -> Integers:
     """Coordinates [K] as the nearest integers, ties to even. Raises LocalFailure where one does not fit: none
-    is cut off."""
+    is cut off. The text goes to the server, and says nothing of the coordinates."""
     unit = units(plan, reaches, bits)
     wide = gammas.astype(float)
-    fits = np.abs(wide) <= unit * 2.0**bits
-    if fits.all():
-        return np.rint(wide / unit).astype(np.int64)
-    place = int(np.argmin(fits))
-    block = plan.blocks[int(np.searchsorted(plan.starts, place, "right")) - 1]
-    raise LocalFailure(
-        f"coordinates must lie within the round's public range, {unit[place] * 2.0**bits:.6g} for "
-        f"{block.name}, got {gammas[place]:.6g}; {int((~fits).sum())} of {len(fits)} do not"
-    )
+    if not (np.abs(wide) <= unit * 2.0**bits).all():  # nor where one is NaN
+        raise LocalFailure(
+            "coordinates must lie within the round's public range, and not all do: nothing is sent; that of "
+            "round 1 is ferret.secure_range"
+        )
+    return np.rint(wide / unit).astype(np.int64)
 
 
 def _exponent(value: float) -> int:

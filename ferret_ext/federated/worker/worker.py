@@ -29,6 +29,7 @@ from ferret_ext.federated.worker.calls import Asked, CallError, Frame, Train
 OWN = (
     *("model", "data", "device", "num_threads", "allow_pickle", "dataset"),
     *("training.gradient_checkpointing", "training.torch_compile", "zeroth_order.snapshot"),
+    "ferret.secure_aggregation",  # set: the party takes part in no run that shows its update to the server
 )
 # Those that no server may set: they are of this machine, name files on it, or lower its guard.
 NEVER_THE_SERVERS = (
@@ -206,7 +207,7 @@ def check_own(own: Sequence[Setting]) -> list[Setting]:
                 f"{key}: expected a setting that a party has for itself ({', '.join(OWN)}), got {value!r}; "
                 "the server says all others"
             )
-    configuration.build(own, required=("model", "data"))
+    configuration.build([("ferret.seeds", "shared-round"), *own], required=("model", "data"))
     return list(own)
 
 
