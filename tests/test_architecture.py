@@ -104,6 +104,12 @@ def test_algorithms_import_no_other_algorithm() -> None:
         assert not imports_any(path, *others), f"{relative(path)} imports another algorithm"
 
 
+def test_algorithms_do_not_know_how_updates_are_masked() -> None:
+    """But for the one place that makes them, and the name of a type."""
+    for path in [p for p in FEDERATED.glob("algorithms/*.py") if p.stem not in ("__init__", "base")]:
+        assert not imports_any(path, "ferret_ext.federated.secure"), relative(path)
+
+
 def test_wire_knows_bytes_not_models() -> None:
     models = ["transformers", "datasets", "torch.nn", "ferret_ext.federated"]
     assert not imports_any(FEDERATED / "wire.py", *models)
@@ -116,5 +122,6 @@ def test_rounds_do_not_know_the_engines() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_extras_are_imported_where_they_are_used(path: Path) -> None:
     extras = {"flwr", "peft", "wandb", "mlflow", "tensorboard", "matplotlib", "rouge", "rouge_score"}
+    extras |= {"cryptography", "Crypto"}
     found = extras & {name.split(".")[0] for name in imports(path, at_import_time=True)}
     assert not found, f"{relative(path)} imports {found} when it is itself imported"

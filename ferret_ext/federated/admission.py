@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -58,10 +58,14 @@ class Admission:
             )
 
     def screen(
-        self, replica: Replica, chosen: Sequence[int], sent: Sequence[Sent]
+        self,
+        replica: Replica,
+        chosen: Sequence[int],
+        sent: Sequence[Sent],
+        also: Callable[[Message], None] = lambda update: None,
     ) -> tuple[Updates, list[Rejection]]:
         """The updates of the chosen clients that the round takes, in the order of `chosen`, and what it does
-        not take. Nothing is remembered.
+        not take. Nothing is remembered. also: raises WireError for what else does not fit.
 
         Raises DisagreementError where a client says that its weights are others, unless such clients are
         rejected, and QuorumError where fewer updates are left than `robust.quorum`.
@@ -72,6 +76,7 @@ class Admission:
             try:
                 message = wire.decode(payload, copy=False)
                 self._check(replica, message, client, chosen, taken)
+                also(message)
             except WireError as error:
                 rejections.append(_rejection(client, error))
                 continue

@@ -155,12 +155,29 @@ class FerretConfig:
         "auto",
         "how a client sends its coordinates: intB as levels of B bits; choiceC as the sign and the number, "
         "in C + 1 bits, of the largest of 2^C candidates, of which 2^C times as many are projected; auto: "
-        "choice8, for shared-round int8, for reference-code float32",
+        "choice8, for shared-round int8, for reference-code float32; under secure_aggregation integers",
     )
     seeds: Literal["per-client", "shared-round"] = option(
         "per-client",
         "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
         "that the server relays their mean alone, and robust.rule can be median or trimmed-mean",
+    )
+    secure_aggregation: bool = option(
+        False,
+        "the server learns the sum of a round's updates and no single one; needs seeds=shared-round and the "
+        "extra secure",
+    )
+    secure_threshold: float = option(
+        0.5,
+        "secure_aggregation: share of a round's clients that must stay to its end; always more than half",
+        at_least=0.5,
+        at_most=1,
+    )
+    secure_range: float = option(
+        1.0,
+        "secure_aggregation: what round 1's updates must stay within, roughly the largest change of a "
+        "weight; later rounds go by the last one's mean",
+        above=0,
     )
     server_warmup: int = option(
         0,
@@ -190,7 +207,7 @@ class FerretConfig:
         """`coordinates`, auto resolved."""
         if self.coordinates != "auto":
             return self.coordinates
-        if self.mode == "reference-code":
+        if self.mode == "reference-code" or self.secure_aggregation:
             return "float32"
         return "choice8" if self.seeds == "per-client" else "int8"
 
@@ -472,6 +489,8 @@ def _check_together(config: SimulationConfig) -> None:
             "ferret.seeds: expected per-client where ferret.mode is reference-code, which has seeds of its "
             "own, got shared-round"
         )
+    if config.algorithm == "ferret" and config.ferret.secure_aggregation:
+        _check_secure(config)
     if config.federation.min_deadline > config.federation.max_deadline:
         raise ConfigError(
             f"federation.min_deadline: expected at most federation.max_deadline, which is "
@@ -481,4 +500,30 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             "zeroth_order.perturbation: expected in_place or auto where zeroth_order.generator is torch, got "
             "layerwise; only the streams give a direction layer by layer"
+        )
+
+
+def _check_secure(config: SimulationConfig) -> None:
+    """What a server that sees sums alone cannot do."""
+    default = RobustConfig()
+    wanted: tuple[tuple[str, object, object, str], ...] = (
+        ("ferret.seeds", config.ferret.seeds, "shared-round", "only coordinates on one basis have a sum"),
+        ("ferret.coordinates", config.ferret.coordinates, "auto", "updates are masked integers"),
+        ("robust.rule", config.robust.rule, "mean", "a server that sees the sum alone cannot screen updates"),
+        (
+            "robust.max_norm_ratio",
+            config.robust.max_norm_ratio,
+            default.max_norm_ratio,
+            "a server that sees the sum alone knows no norms",
+        ),
+    )
+    for key, got, expected, why in wanted:
+        if got != expected:
+            raise ConfigError(
+                f"{key}: expected {expected} where ferret.secure_aggregation is set, since {why}, got {got}"
+            )
+    if config.client_weights not in ("auto", "uniform"):
+        raise ConfigError(
+            "client_weights: expected uniform where ferret.secure_aggregation is set, since the server could "
+            f"not tell whether a client keeps to its weight, got {config.client_weights}"
         )

@@ -20,6 +20,7 @@ from ferret_ext.federated.algorithms.ferret_reference import FerretReference
 from ferret_ext.federated.algorithms.plans import make_plan
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.protocols import PROTOCOLS
+from ferret_ext.federated.secure import masks, messages
 from ferret_ext.federated.wire import Message
 from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
 from ferret_ext.plan import BlockPlan
@@ -32,8 +33,9 @@ RELAYED = ("ferret", "decomfl", "feedsign")  # algorithms whose broadcasts stand
 class Traffic:
     """Bytes of one message each: a client's update, the broadcast after a round of `chosen` clients.
 
-    clients: how many there are in all. relayed: a client that was away gets every broadcast that it missed.
-    at_most: the sizes of updates depend on the training, and these are the largest.
+    answers, requests: of a client in a round, beside these. clients: how many there are in all. relayed: a
+    client that was away gets every broadcast that it missed. at_most: the sizes of updates depend on the
+    training, and these are the largest.
     """
 
     update: int
@@ -42,21 +44,24 @@ class Traffic:
     clients: int
     relayed: bool
     at_most: bool
+    answers: int = 0
+    requests: int = 0
 
     def up(self, rounds: int) -> int:
         """Bytes that all clients send in so many rounds."""
-        return rounds * self.chosen * self.update
+        return rounds * self.chosen * (self.update + self.answers)
 
     def down(self, rounds: int) -> int:
         """Bytes that all clients receive, on average over who is drawn. The last broadcast reaches nobody.
 
         Round r's reaches a client in any round after it in which the client is drawn.
         """
+        asked = rounds * self.chosen * self.requests
         if not self.relayed:
-            return (rounds - 1) * self.chosen * self.broadcast
+            return (rounds - 1) * self.chosen * self.broadcast + asked
         away = 1 - self.chosen / self.clients
         reached = rounds - 1 - sum(away**later for later in range(1, rounds))
-        return round(reached * self.clients * self.broadcast)
+        return round(reached * self.clients * self.broadcast) + asked
 
 
 # ---- traffic ----
@@ -77,6 +82,8 @@ def name_of(config: SimulationConfig) -> str:
         return config.algorithm
     if config.ferret.mode == "reference-code":
         return FerretReference.name
+    if config.ferret.secure_aggregation:
+        return messages.NAME
     return SharedFerret.name if config.ferret.seeds == "shared-round" else Ferret.name
 
 
@@ -96,19 +103,23 @@ def traffic(config: SimulationConfig, model: Any) -> Traffic:
     plan = plan_of(config, model)
     clients = clients_of(config) or 1
     chosen = max(1, round(config.client_fraction * clients))
-    update = _update(config, model, plan)
+    update = _update(config, model, plan, chosen)
     broadcast = _broadcast(config, model, plan, update, chosen)
     at_most = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
-    return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most)
+    more = messages.overhead(chosen) if name_of(config) == messages.NAME else (0, 0)
+    return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most, *more)
 
 
-def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None) -> int:
+def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None, clients: int) -> int:
     """Bytes of a client's update."""
     algorithm = name_of(config)
     if plan is not None:
         first: dict[str, Any] = {"contract": stream_contract(config.ferret.chosen_basis), "seed": LARGE}
         if algorithm == FerretReference.name:
             return _size(algorithm, {**first, "counts": (4, len(plan.blocks)), "gammas": (4, plan.K)})
+        if algorithm == messages.NAME:
+            masked = {"session": bytes(masks.SESSION_BYTES), "masked": (4, plan.K)}
+            return _size(algorithm, {**first, **masked, "sealed": (1, clients, masks.SEALED_BYTES)})
         return _size(algorithm, {**first, **coordinates.blank(plan, config.ferret.chosen_coordinates)})
     if algorithm in PUBLISHED and algorithm != "fedzo":
         chosen = with_published(config.zeroth_order, algorithm)
@@ -131,7 +142,8 @@ def _broadcast(config: SimulationConfig, model: Any, plan: BlockPlan | None, upd
         if algorithm == FerretReference.name:
             return _size(algorithm, {**first, "pool": (4, plan.K)})
         if config.ferret.seeds == "shared-round":
-            return _size(algorithm, {**first, "gammas": (4, plan.K), "next_seed": LARGE})
+            reaches = {"reaches": (2, len(plan.blocks))} if algorithm == messages.NAME else {}
+            return _size(algorithm, {**first, "gammas": (4, plan.K), "next_seed": LARGE, **reaches})
         return _size(algorithm, {**first, "updates": [bytes(update)] * chosen})
     if algorithm.startswith("fedkseed"):
         candidates = config.zeroth_order.candidate_seeds

@@ -106,7 +106,7 @@ def describe_message(path: Path) -> Iterator[str]:
     """Its head, and each of its values."""
     data = path.read_bytes()
     message = wire.decode(data)
-    of_client = message.kind in ("update", "dissent")
+    of_client = message.kind in wire.OF_CLIENTS
     sender = f"client {message.client}, weight {message.weight:g}" if of_client else "server"
     yield (
         f"message {path}: {message.kind} of {message.algorithm}, round {message.round}, {sender}, "

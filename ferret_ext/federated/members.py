@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ferret_ext.federated.algorithms.base import Algorithm, LocalData, Replica, Reply, Weighting
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.secure.participant import Participant
 from ferret_ext.federated.seeds import derive
 
 
@@ -26,19 +28,28 @@ class Members:
         shards: Mapping[int, Sequence[Example]],
         weights: Mapping[int, float],
         seed: int,
+        participants: Mapping[int, Participant] | None = None,
     ) -> None:
-        """shards, weights: each client's examples, and what it counts for. seed: the run's."""
+        """shards, weights: each client's examples, and what it counts for. seed: the run's. participants:
+        what masks their updates; new ones unless given."""
         self.algorithm = algorithm
         self.replica: Replica = algorithm.replicate(model)
         self._shards = shards
         self._weights = weights
         self._seed = seed
+        self._participants = participants or {client: Participant(client) for client in shards}
 
-    def update(self, client: int, round_: int, broadcasts: Sequence[bytes]) -> Reply:
-        """The client's part of the round; see `Algorithm.client_update`."""
+    def update(self, client: int, round_: int, broadcasts: Sequence[bytes], invitation: bytes = b"") -> Reply:
+        """The client's part of the round; see `Algorithm.client_update`. invitation: the assembly's."""
         seed = derive(self._seed, "client", round_, client)
-        data = LocalData(client, round_, seed, self._shards[client], self._weights[client])
-        return self.algorithm.client_update(self.replica, data, broadcasts)
+        own = self._shards[client], self._weights[client]
+        data = LocalData(client, round_, seed, *own, self._participants[client], invitation)
+        reply = self.algorithm.client_update(self.replica, data, broadcasts)
+        return replace(reply, payload_bytes_down=reply.payload_bytes_down + len(invitation))
+
+    def reply(self, client: int, request: bytes) -> Reply:
+        """The client's answer to a request, or why there is none."""
+        return self._participants[client].reply(request)
 
 
 def client_weights(

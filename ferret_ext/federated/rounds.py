@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ferret_ext.federated.admission import Sent
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.client import DivergedError
+from ferret_ext.federated.dialogue import Ask, Dialogue, nobody_to_ask
 from ferret_ext.federated.evaluation import Evaluation, Sample
 from ferret_ext.federated.metrics import Outcome, Rejection, RoundMetrics, Stopwatch
 from ferret_ext.federated.server import Server
@@ -86,16 +88,19 @@ def run_rounds(
     watcher: Watcher,
     model_bytes: int,
     journal: Journal | None = None,
+    ask: Ask = nobody_to_ask,
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
 
     A client whose training fails is left out of its round, whose mean is that of the others; so is an update
-    that is rejected. A round counts once the journal has it. Raises RunError where no update can be taken, or
-    too few, and DivergedError where the numbers of the model or its evaluation are no longer finite.
+    that is rejected. ask: carries what else the algorithm asks of clients. A round counts once the journal
+    has it. Raises RunError where no update can be taken, or too few, and DivergedError where the numbers of
+    the model or its evaluation are no longer finite.
 
     for r = 1 .. R:
-        the server draws the round's clients
+        the server draws the round's clients, and asks them for what the algorithm needs beforehand
         each client: rebuilds w_{r-1} from what the server relays, trains T steps, sends its update
+        the server asks for what it needs afterwards
         the server: w_r = w_{r-1} - server_learning_rate * mean of the updates
     """
     journal = journal or NoJournal()
@@ -114,8 +119,10 @@ def run_rounds(
         measure(outcome, Stopwatch())
     for round_ in range(server.replica.round + 1, rounds + 1):
         watch = Stopwatch()
-        clients = server.choose(round_)
-        watcher.round_begins(round_, clients)
+        drawn = server.choose(round_)
+        watcher.round_begins(round_, drawn)
+        talk = Dialogue(round_, ask, partial(watcher.client_left_out, round_))
+        clients = list(server.assemble(drawn, talk))
         came = exchange(round_, clients, server)
         replies = [reply for reply in came if not reply.late]
         sent = [Sent(reply.client, reply.payload) for reply in replies if not reply.failure]
@@ -123,12 +130,12 @@ def run_rounds(
             raise DivergedError(f"every client in round {round_}: {replies[0].failure}")
         try:
             with watch("server"):
-                updates, rejections = server.apply(clients, sent)
+                updates, rejections = server.apply(clients, sent, talk)
         except NotFiniteError as error:
             raise DivergedError(f"round {round_}: {error}; lower server_learning_rate") from None
         for rejection in rejections:
             watcher.update_rejected(round_, rejection)
-        outcome = _outcome(round_, clients, replies, updates, rejections, watch)
+        outcome = _outcome(round_, drawn, replies, updates, rejections, watch, talk)
         outcome = replace(outcome, late=len(came) - len(replies))
         journal.commit(server, outcome)
         measure(outcome, watch)
@@ -142,21 +149,23 @@ def _outcome(
     updates: Updates,
     rejections: list[Rejection],
     watch: Stopwatch,
+    talk: Dialogue,
 ) -> Outcome:
     accepted = [message.client for message in updates.messages]
     losses = {(reply.client, reply.payload): reply.train_loss for reply in replies}
     counted = [losses[pair] for pair in zip(accepted, updates.received, strict=True)]
     said = list(filter(math.isfinite, counted))
+    failed = [reply.client for reply in replies if reply.failure]
     return Outcome(
         round=round_,
         clients=clients,
-        left_out=[reply.client for reply in replies if reply.failure],
+        left_out=[client for client in clients if client in {*failed, *talk.left_out}],
         rejected=rejections,
         accepted=accepted,
         updates=[hashlib.sha256(payload).digest() for payload in updates.received],
         train_loss=fmean(said) if said else None,
-        payload_bytes_up=sum(len(reply.payload) for reply in replies),
-        payload_bytes_down=sum(reply.payload_bytes_down for reply in replies),
+        payload_bytes_up=talk.bytes_up + sum(len(reply.payload) for reply in replies),
+        payload_bytes_down=talk.bytes_down + sum(reply.payload_bytes_down for reply in replies),
         seconds_local=sum(reply.watch["local"] for reply in replies),
         seconds_project=sum(reply.watch["project"] for reply in replies),
         seconds_rebuild=sum(reply.watch["rebuild"] for reply in replies),

@@ -19,6 +19,7 @@ from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.client import LocalTrainer, OptimizerStates
 from ferret_ext.federated.config import FREE_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
+from ferret_ext.federated.dialogue import Ask
 from ferret_ext.federated.evaluation import Evaluator
 from ferret_ext.federated.journal import Genesis
 from ferret_ext.federated.members import weighting
@@ -98,6 +99,7 @@ def lead(
     start: Start,
     clients: int,
     exchange: Exchange,
+    ask: Ask,
     evaluator: Evaluator,
     narrator: Narrator,
     open_journal: OpenJournal | None = None,
@@ -129,6 +131,7 @@ def lead(
         narrator,
         start.model_bytes,
         open_journal and open_journal(start.genesis, start.trainer.states),
+        ask,
     )
     return Result(start.model, start.tokenizer, history)
 

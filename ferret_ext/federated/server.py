@@ -15,6 +15,8 @@ from ferret_ext.federated.admission import Admission, Sent
 from ferret_ext.federated.algorithms.base import Algorithm, R
 from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import RobustConfig
+from ferret_ext.federated.dialogue import Assembly, Dialogue
+from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.metrics import Rejection
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
@@ -25,8 +27,8 @@ Broadcast = bytes | Callable[[], bytes]
 class Server(Generic[R]):
     """The global model and the broadcasts that led to it, one a round from round 0 on.
 
-    wanted: the updates that a round is after; more clients may be drawn. A broadcast is b"" when it was
-    superseded, and a call that gives it where it is kept elsewhere.
+    wanted: the updates that a round is after; more clients may be drawn. assembly: of the newest round. A
+    broadcast is b"" when it was superseded, and a call that gives it where it is kept elsewhere.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Server(Generic[R]):
         opening = algorithm.open(self.replica)
         self.broadcasts: list[Broadcast] = [opening]
         algorithm.rebuild(self.replica, opening)
+        self.assembly = Assembly(clients)
         self._clients = clients
         self.wanted = max(1, round(fraction * len(clients)))
         self._num_chosen = min(len(clients), math.ceil(self.wanted * (1 + over_selection)))
@@ -66,6 +69,12 @@ class Server(Generic[R]):
         chosen = sorted(random.choice(len(self._clients), self._num_chosen, replace=False).tolist())
         return [self._clients[i] for i in chosen]
 
+    def assemble(self, drawn: Sequence[int], talk: Dialogue) -> Sequence[int]:
+        """Those of the clients drawn for the next round that take part in it. Raises QuorumError."""
+        quorum = self.admission.config.quorum
+        self.assembly = self.algorithm.assemble(self.replica, drawn, quorum, talk)
+        return self.assembly.clients
+
     def broadcasts_since(self, seen: int) -> list[bytes]:
         """What a client that has received `seen` broadcasts is still to receive."""
         kept = (it if isinstance(it, bytes) else it() for it in self.broadcasts[seen:])
@@ -76,13 +85,22 @@ class Server(Generic[R]):
         if self.broadcasts[round_]:
             self.broadcasts[round_] = stored
 
-    def apply(self, chosen: Sequence[int], sent: Sequence[Sent]) -> tuple[Updates, list[Rejection]]:
+    def apply(
+        self, chosen: Sequence[int], sent: Sequence[Sent], talk: Dialogue | None = None
+    ) -> tuple[Updates, list[Rejection]]:
         """w_r from what the round's clients sent: the updates that count, and what was rejected.
 
-        Raises DisagreementError, QuorumError and NotFiniteError; the server stays as it is, but for weights
-        that finite numbers have taken to infinity, which are lost (see `Algorithm.server_apply`).
+        talk: with these clients, where their assembly has more to ask. Raises DisagreementError, QuorumError,
+        NotFiniteError and RunError; the server stays as it is, but for weights that finite numbers have taken
+        to infinity, which are lost (see `Algorithm.server_apply`).
         """
-        updates, rejections = self.admission.screen(self.replica, chosen, sent)
+        round_, quorum = self.replica.round + 1, self.admission.config.quorum
+        updates, rejections = self.admission.screen(self.replica, chosen, sent, self.assembly.check)
+        updates = self.assembly.settle(updates, talk or Dialogue(round_))
+        if len(updates.messages) < quorum:  # some may have gone since they sent theirs
+            raise QuorumError(
+                f"round {round_}: expected updates of at least {quorum} clients, got {len(updates.messages)}"
+            )
         self._keep(self.algorithm.server_apply(self.replica, updates))
         for message in updates.messages:
             self.admission.remember(message)

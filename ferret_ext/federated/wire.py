@@ -2,7 +2,8 @@
 
 An *update* goes from a client to the server, a *broadcast* from the server to the clients. A *dissent* goes
 from a client whose weights are not the server's, instead of an update. A *record* goes nowhere: it is an
-entry of the ledger. All say which run, algorithm, model or plan, weights and round they belong to, and carry
+entry of the ledger. A *request* goes from the server to a client, and its *answer* back, where a round takes
+more than updates. All say which run, algorithm, model or plan, weights and round they belong to, and carry
 named values; docs/wire.md lists them by algorithm.
 
     "FRET"  u8 version  u32 head length  head  payloads  u32 crc32          (little-endian)
@@ -43,8 +44,9 @@ MAX_NAME = 64  # characters of an algorithm's or a value's name
 MAX_ITEMS = 1 << 16  # of a list
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: these are its bits, under a name
 
-Kind = Literal["update", "broadcast", "dissent", "record"]
+Kind = Literal["update", "broadcast", "dissent", "record", "request", "answer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+OF_CLIENTS = ("update", "dissent", "answer")
 DTYPES: tuple[np.dtype[Any], ...] = (
     *map(np.dtype, ("<f4", "<f2", "<f8")),
     BFLOAT16,
@@ -98,7 +100,7 @@ class Message:
     @property
     def sender(self) -> str:
         """Whose message it is, in words."""
-        return f"client {self.client}'s {self.kind}" if self.kind in ("update", "dissent") else self.kind
+        return f"client {self.client}'s {self.kind}" if self.kind in OF_CLIENTS else self.kind
 
     def value(self, name: str, kind: type[T]) -> T:
         """The value called `name`; WireError if there is none, or one of another type."""

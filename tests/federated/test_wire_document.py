@@ -177,7 +177,7 @@ def test_the_documents_records_are_those_of_the_ledger(which: str, golden: str) 
 def test_the_documents_words_are_the_codes() -> None:
     """What it says that errors say stands in the code that raises them."""
     folder = ROOT / "ferret_ext" / "federated"
-    files = [*folder.glob("*.py"), *(folder / "algorithms").glob("*.py")]
+    files = [path for part in (".", "algorithms", "secure") for path in (folder / part).glob("*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text("utf-8") for path in files))
     for _, words in rows("what", "words"):
         for phrase in re.findall("`([^`]+)`", words):

@@ -35,6 +35,7 @@ NAMES = (  # of all messages' and records' values, and some that none may have
     ),
     *("sums", "slopes", "votes", "candidates", "magnitudes", "visits", "digests", "broadcast", "previous"),
     *("base", "config", "clients", "left_out", "accepted", "rejected", "reasons", "bytes_up", "bytes_down"),
+    *("stage", "session", "threshold", "keys", "key", "masked", "sealed", "dropped", "survivors", "shares"),
     *("train_loss", "x", "", "\x1b[2J\n", "é", "y" * 65),
 )
 NUMBERS: tuple[Any, ...] = (

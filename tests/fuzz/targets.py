@@ -24,9 +24,10 @@ import gallery  # type: ignore[import-not-found]
 
 from ferret_ext.federated import journal, ledger, wire
 from ferret_ext.federated.admission import Sent
-from ferret_ext.federated.errors import DisagreementError, LedgerError, QuorumError
+from ferret_ext.federated.errors import DisagreementError, LedgerError, QuorumError, RunError
 from ferret_ext.federated.journal import Genesis
 from ferret_ext.federated.metrics import Outcome
+from ferret_ext.federated.secure import messages
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.wire import NotFiniteError, WireError
 
@@ -38,6 +39,7 @@ ALGORITHMS = (
     "ferret",
     "ferret+choice8",
     "ferret-round+int4",
+    "ferret-secure",
     "ferret-ref",
     "fedavg",
     "fedkseed",
@@ -140,8 +142,8 @@ def server_target(name: str) -> Target:
             sent.append(Sent(2, honest[2]))
         try:
             updates, rejections = server.apply(range(gallery.CLIENTS), sent)
-        except (QuorumError, DisagreementError) as error:
-            if isinstance(error, DisagreementError):
+        except RunError as error:
+            if not isinstance(error, QuorumError):
                 check_short(error)
             mark.assert_unchanged()
         except NotFiniteError as error:
@@ -217,6 +219,54 @@ def client_target(name: str) -> Target:
 def _opening(name: str) -> bytes:
     opening: bytes = gallery.serve(name).broadcasts[0]
     return opening
+
+
+# ---- participants ----
+
+
+def participant_target() -> Target:
+    """A client in a masked round answers, or says why not; and never tells both the seed that it shares with
+    another client and its share of the other's seed, nor shares for two sums."""
+    masked = gallery.masked_round(1, 40)
+    honest = _requests(masked)
+
+    def answer(data: bytes) -> None:
+        script = Script(data)
+        participant = copy.deepcopy(masked.circle.participants[1])
+        opened: set[int] = set()
+        sums: set[tuple[int, ...]] = set()
+        for _ in range(1 + script.below(4)):
+            request = mutate(script.pick(honest), script)
+            reply = participant.reply(request)
+            if reply.failure:
+                check_short(ValueError(reply.failure))
+                continue
+            values = wire.decode(request).values
+            if "dropped" in values:
+                opened |= set(values["dropped"].tolist())
+            if "survivors" in values:
+                sums.add(tuple(values["survivors"].tolist()))
+            assert len(sums) <= 1, "shares of two sums"
+            assert not any(opened & set(one) for one in sums), "both seed and share"
+
+    return answer
+
+
+def _requests(masked: Any) -> list[bytes]:
+    """All that an honest server might ask client 1."""
+    updates = [
+        wire.Message(messages.NAME, "update", bytes(8), 1, client, values=values)
+        for client, values in masked.hidden.items()
+    ]
+    fixed = masked.about, masked.session, 0
+    made = [messages.write("request", "keys", *fixed), masked.invitation]
+    for survivors in ([0, 1, 2], [0, 1], [1, 2]):
+        sealed = masked._sealed_for(1, [updates[client] for client in survivors])
+        named = messages.numbers(survivors)
+        made.append(messages.write("request", "shares", *fixed, survivors=named, sealed=sealed))
+        dropped = messages.numbers([client for client in (0, 2) if client not in survivors])
+        made.append(messages.write("request", "pairs", *fixed, dropped=dropped))
+    return made
 
 
 # ---- ledger ----
@@ -334,6 +384,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "all": all_targets,
     "wire": wire_target,
     "ledger": ledger_target,
+    "participant": participant_target,
     **{f"server-{name}": partial(server_target, name) for name in ALGORITHMS},
     **{f"client-{name}": partial(client_target, name) for name in ALGORITHMS},
 }

@@ -51,6 +51,10 @@ def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
     chosen, step, seed = config.ferret, config.server_learning_rate, config.seed
     if chosen.mode == "reference-code":
         return FerretReference(chosen, step, train, config.rounds, derive(seed, "pool"))
+    if chosen.secure_aggregation:
+        from ferret_ext.federated.secure.ferret import SecureFerret  # which stands on this package
+
+        return SecureFerret(chosen, step, train, derive(seed, "bases"))
     if chosen.seeds == "shared-round":
         return SharedFerret(chosen, step, train, derive(seed, "bases"))
     return Ferret(chosen, step, train)

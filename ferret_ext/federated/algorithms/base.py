@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,13 @@ from ferret_ext.federated import digests, wire
 from ferret_ext.federated.algorithms.updates import Rule, Updates
 from ferret_ext.federated.client import LocalFailure
 from ferret_ext.federated.data.tokens import Example
+from ferret_ext.federated.dialogue import Assembly, Dialogue
 from ferret_ext.federated.errors import DisagreementError
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.wire import Message, WireError
+
+if TYPE_CHECKING:
+    from ferret_ext.federated.secure.participant import Participant
 
 CONTRACT_VERSION = 1
 LARGEST_WEIGHT = 2.0**64  # sums of weights stay far from overflow
@@ -94,13 +98,16 @@ R = TypeVar("R", bound=Replica)
 
 @dataclass(frozen=True)
 class LocalData:
-    """What one client brings to one round. `seed` is its own for this round, `weight` its share in means."""
+    """What one client brings to one round. `seed` is its own for this round, `weight` its share in means,
+    `participant` what masks its update, if anything does, among those that the `invitation` names."""
 
     client: int
     round: int
     seed: int
     examples: Sequence[Example]
     weight: float = 1.0
+    participant: Participant | None = None
+    invitation: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,11 @@ class Algorithm(ABC, Generic[R]):
     @abstractmethod
     def advance(self, replica: R, broadcast: Message) -> None:
         """Takes the replica from round r - 1 to r >= 1 with the values of round r's broadcast."""
+
+    def assemble(self, replica: R, drawn: Sequence[int], quorum: int, talk: Dialogue) -> Assembly:
+        """Those of the clients drawn for the replica's next round that take part. Raises QuorumError where
+        they are fewer than the quorum."""
+        return Assembly(drawn)
 
     def opening(self, replica: R) -> Values:
         """The values of round 0's broadcast, which opens the run."""

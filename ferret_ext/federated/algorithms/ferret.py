@@ -19,7 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -217,6 +217,7 @@ class SharedFerret(Projecting[SharedReplica]):
 
     name = "ferret-round"
     rules = ALL_RULES
+    relays: ClassVar[tuple[str, ...]] = ("contract", "step", "gammas", "next_seed")
     seed: int
 
     def replicate(self, model: Any) -> SharedReplica:
@@ -239,15 +240,19 @@ class SharedFerret(Projecting[SharedReplica]):
 
     def combine(self, replica: SharedReplica, updates: Updates) -> Values:
         mean = updates.average(lambda update: torch.from_numpy(self.floats(replica, update).astype(float)))
+        return self.broadcast_of(replica, rounded(mean.numpy()))
+
+    def broadcast_of(self, replica: SharedReplica, mean: coordinates.Floats) -> dict[str, wire.Value]:
+        """The values that relay this mean."""
         return {
             "contract": self.contract,
             "step": self.step(replica.round + 1),
-            "gammas": rounded(mean.numpy()),
+            "gammas": mean,
             "next_seed": self._seed_of(replica.round + 2),
         }
 
     def advance(self, replica: SharedReplica, broadcast: Message) -> None:
-        broadcast.only("contract", "step", "gammas", "next_seed")
+        broadcast.only(*self.relays)
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
         step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,11 +19,19 @@ ALL_RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True)
+class Summed:
+    """The sum of a round's integers [K], each of [-2^bits, 2^bits], where single ones are not known."""
+
+    integers: npt.NDArray[np.int64]
+    bits: int
+
+
+@dataclass(frozen=True)
 class Updates:
     """A round's updates, checked, in the order in which they came.
 
     messages, received: decoded, and as they came. factors: what each is multiplied by, 1 but for updates that
-    are clipped. rule, trim: see `config.RobustConfig`.
+    are clipped. rule, trim: see `config.RobustConfig`. summed: of updates that are masked.
     """
 
     messages: Sequence[Message]
@@ -29,6 +39,7 @@ class Updates:
     factors: Sequence[float]
     rule: Rule = "mean"
     trim: float = 0.0
+    summed: Summed | None = None
 
     @property
     def shares(self) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,16 @@ class InProcessClients:
         for client in clients:
             broadcasts = server.broadcasts_since(self._seen[client])
             self._seen[client] = len(server.broadcasts)
-            reply = self._members.update(client, round_, broadcasts)
+            reply = self._members.update(client, round_, broadcasts, server.assembly.invitation)
             if reply.failure:
                 watcher.client_left_out(round_, client, reply.failure)
             watcher.client_done(round_, client)
             replies.append(reply)
         return replies
+
+    def ask(self, round_: int, requests: Mapping[int, bytes], enough: int, least: int) -> list[Reply]:
+        """What the clients say to these requests."""
+        return [self._members.reply(client, request) for client, request in requests.items()]
 
     def _catch_up(self, round_: int, server: Server[Any]) -> None:
         """Before the first round of a run that is resumed: as if these clients had been there all along."""
@@ -76,4 +80,4 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
             start.algorithm, copy.deepcopy(start.model), data.shards, weights, config.seed
         )
         exchange = partial(clients.exchange, narrator)
-        return run.lead(start, len(data.shards), exchange, evaluator, narrator, open_journal)
+        return run.lead(start, len(data.shards), exchange, clients.ask, evaluator, narrator, open_journal)

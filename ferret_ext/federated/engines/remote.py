@@ -1,10 +1,12 @@
 """Clients on other machines, on whatever carries calls to them and answers back.
 
-A round sends every client that was drawn the broadcasts that it has not seen, and ends with the first of:
+A round sends every client that takes part the broadcasts that it has not seen, and ends with the first of:
 
     as many updates as the round is after (`Server.wanted`), or an answer of every client;
-    the deadline, with at least `robust.quorum` updates;
-    `federation.max_deadline`, and then the run stops where updates are fewer than the quorum.
+    the deadline, with at least `robust.quorum` updates, or as many as the algorithm needs;
+    `federation.max_deadline`, and then the run stops where updates are fewer.
+
+What else an algorithm asks of clients, before or after, goes the same way, with deadlines of its own.
 
 Clients are known by the number that they say they are, never by their connection: that may change while a run
 goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline; a
@@ -15,8 +17,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from ferret_ext.federated.algorithms.base import Reply
@@ -27,7 +30,7 @@ from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.rounds import Watcher
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.worker import calls
-from ferret_ext.federated.worker.calls import CallError, Frame, Train
+from ferret_ext.federated.worker.calls import Asked, CallError, Frame, Train
 
 QUANTILE = 0.9
 ROUNDS_BACK = 5
@@ -54,14 +57,16 @@ class Link(Protocol):
 
 class Deadlines:
     """How long a round waits: `deadline_factor` times the 0.9 quantile of the reply times of the last five
-    rounds that have any, within `min_deadline` and `max_deadline`; without reply times, `max_deadline`.
+    rounds that have any, within `min_deadline` and `max_deadline`; without reply times, `first`, which is
+    `max_deadline` unless given.
 
     The quantile is the smallest time that nine tenths of the times do not exceed. Late replies count too,
     with their round, or else a deadline that is too short would never see that.
     """
 
-    def __init__(self, config: FederationConfig) -> None:
+    def __init__(self, config: FederationConfig, first: float | None = None) -> None:
         self._config = config
+        self._first = first or config.max_deadline
         self._times: dict[int, list[float]] = {}
 
     def note(self, round_: int, seconds: float) -> None:
@@ -75,38 +80,50 @@ class Deadlines:
         times = sorted(seconds for of_round in self._times.values() for seconds in of_round)
         most = self._config.max_deadline
         if not times:
-            return most
+            return self._first
         quantile = times[math.ceil(QUANTILE * len(times)) - 1]
         return min(most, max(self._config.min_deadline, self._config.deadline_factor * quantile))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call under way. timed: its answer's time counts, since nothing has to be loaded first."""
+    """A call under way. stage: of which exchange. timed: its answer's time counts, since nothing has to be
+    loaded first. trains: the client is asked for its update."""
 
     client: int
     node: int
     round: int
+    stage: int
     sent_at: float
     bytes_down: int
     timed: bool
+    trains: bool
 
 
 @dataclass
-class Round:
-    """A round under way. not_before: when a client may be called again. behind: how often each had lost what
-    it had seen."""
+class Stage:
+    """An exchange with a round's clients under way, one of several. call: what a client is sent, the bytes of
+    messages in it, and whether its answer is timed. enough: answers without failure with which it ends at
+    once. least: those with which it ends at the deadline. watcher: of the stage in which clients train.
 
+    not_before: when a client may be called again. behind: how often each had lost what it had seen.
+    """
+
+    round: int
     number: int
-    clients: list[int]
+    clients: Collection[int]
     opened: float
+    call: Callable[[int], tuple[Frame, int, bool]]
+    enough: int
+    least: int
+    deadlines: Deadlines
+    watcher: Watcher | None
     replies: dict[int, Reply] = field(default_factory=dict)
-    late: list[Reply] = field(default_factory=list)
     not_before: dict[int, float] = field(default_factory=dict)
     behind: dict[int, int] = field(default_factory=dict)
 
     @property
-    def updates(self) -> int:
+    def answers(self) -> int:
         return sum(not reply.failure for reply in self.replies.values())
 
 
@@ -183,7 +200,12 @@ class RemoteClients:
         self._link, self._config, self._quorum, self._genesis = link, config, quorum, genesis
         self._say, self._clock, self._sleep = say, clock, sleep
         self._roster = Roster(link, clients, genesis.run, say)
-        self._deadlines = Deadlines(config)
+        self._deadlines, self._deadlines_of_answers = (
+            Deadlines(config),
+            Deadlines(config, config.min_deadline),
+        )
+        self._stages = 0
+        self._late_replies: list[Reply] = []
         self._calls: dict[str, Call] = {}
         self._late: set[tuple[int, int]] = set()
         self._gathered = False
@@ -193,18 +215,52 @@ class RemoteClients:
         if not self._gathered:
             self._roster.trusting = round_ > 1
             self._gather(clients)
-        state = Round(round_, clients, self._clock())
+        least = max(self._quorum, server.assembly.least)
+        enough = max(server.wanted, least)
+        call = partial(self._train, round_, server)
+        stage = self._open(round_, clients, call, enough, least, self._deadlines, watcher)
+        replies = self._converse(stage)
+        late, self._late_replies = self._late_replies, []
+        return [*replies, *late]
+
+    def ask(self, round_: int, requests: Mapping[int, bytes], enough: int, least: int) -> list[Reply]:
+        """What a round's clients say to these requests. Raises QuorumError."""
+        if not self._gathered:
+            self._roster.trusting = round_ > 1
+            self._gather(requests)
+
+        def call(client: int) -> tuple[Frame, int, bool]:
+            asked = Asked(self._genesis.run, round_, client, requests[client])
+            return asked.frame(), len(requests[client]), True
+
+        deadlines = self._deadlines_of_answers
+        return self._converse(self._open(round_, requests, call, enough, least, deadlines))
+
+    def _open(
+        self,
+        round_: int,
+        clients: Collection[int],
+        call: Callable[[int], tuple[Frame, int, bool]],
+        enough: int,
+        least: int,
+        deadlines: Deadlines,
+        watcher: Watcher | None = None,
+    ) -> Stage:
+        self._stages += 1
+        now = self._clock()
+        return Stage(round_, self._stages, clients, now, call, enough, least, deadlines, watcher)
+
+    def _converse(self, stage: Stage) -> list[Reply]:
+        """A reply of each of the stage's clients. Raises QuorumError."""
         while True:
             self._roster.look(self._clock())
-            self._receive(state, watcher)
-            if self._over(state, server.wanted):
-                break
-            self._send(state, server)
+            self._receive(stage)
+            if self._over(stage):
+                return [stage.replies.get(client) or self._missing(stage, client) for client in stage.clients]
+            self._send(stage)
             self._sleep(self._config.poll)
-        replies = [state.replies.get(client) or self._missing(state, client, watcher) for client in clients]
-        return [*replies, *state.late]
 
-    def _gather(self, clients: list[int]) -> None:
+    def _gather(self, clients: Collection[int]) -> None:
         """Waits for the first round's clients to connect."""
         self._gathered, limit = True, self._clock() + self._config.join_timeout
         self._say(f"waiting for {len(clients)} clients, at most {self._config.join_timeout:g} s")
@@ -214,105 +270,114 @@ class RemoteClients:
                 return
             self._sleep(self._config.poll)
 
-    def _send(self, state: Round, server: Server[Any]) -> None:
+    def _send(self, stage: Stage) -> None:
         """Calls whoever was not called yet, or in vain."""
-        now, repeat = self._clock(), self._deadlines.seconds
+        now, repeat = self._clock(), stage.deadlines.seconds
         self._calls = {
             name: call
             for name, call in self._calls.items()
-            if state.number - ROUNDS_BACK <= call.round < state.number
-            or (call.round == state.number and self._roster.node_of.get(call.client) == call.node)
+            if stage.round - ROUNDS_BACK <= call.round
+            and (call.stage < stage.number or self._roster.node_of.get(call.client) == call.node)
         }
         called = {
             call.client
             for call in self._calls.values()
-            if call.round == state.number and now - call.sent_at < repeat
+            if call.stage == stage.number and now - call.sent_at < repeat
         }
-        for client in state.clients:
-            due = now >= state.not_before.get(client, now)
-            if client in self._roster.node_of and client not in called | state.replies.keys() and due:
-                self._call(state, client, server, now)
+        for client in stage.clients:
+            due = now >= stage.not_before.get(client, now)
+            if client in self._roster.node_of and client not in called | stage.replies.keys() and due:
+                self._call(stage, client, now)
 
-    def _call(self, state: Round, client: int, server: Server[Any], now: float) -> None:
-        node, since = self._roster.node_of[client], self._roster.seen[client]
+    def _call(self, stage: Stage, client: int, now: float) -> None:
+        node, (frame, size, timed) = self._roster.node_of[client], stage.call(client)
+        if name := self._link.send(node, frame):
+            told = Call(client, node, stage.round, stage.number, now, size, timed, stage.watcher is not None)
+            self._calls[name] = told
+        else:
+            stage.not_before[client] = now + RETRY
+
+    def _train(self, round_: int, server: Server[Any], client: int) -> tuple[Frame, int, bool]:
+        since = self._roster.seen[client]
         if since > len(server.broadcasts):  # of a former run of the same name
             since = 0
         told = (self._genesis.config, self._genesis.base) if since == 0 else ()
-        broadcasts = server.broadcasts_since(since)
-        call = Train(self._genesis.run, state.number, client, since, broadcasts, *told)
-        if name := self._link.send(node, call.frame()):
-            size = sum(map(len, broadcasts))
-            self._calls[name] = Call(client, node, state.number, now, size, timed=since > 0)
-        else:
-            state.not_before[client] = now + RETRY
+        broadcasts, invitation = server.broadcasts_since(since), server.assembly.invitation
+        call = Train(self._genesis.run, round_, client, since, broadcasts, invitation, *told)
+        return call.frame(), sum(map(len, broadcasts)) + len(invitation), since > 0
 
-    def _receive(self, state: Round, watcher: Watcher) -> None:
+    def _receive(self, stage: Stage) -> None:
         for name, answer in self._link.receive(self._calls) if self._calls else ():
             call, now = self._calls.pop(name), self._clock()
-            if answer.get("kind") == "reply" and call.timed:
-                self._deadlines.note(call.round, now - call.sent_at)
-            if call.round == state.number:
-                self._take(state, call, answer, watcher, now)
-            elif answer.get("kind") == "reply" and (call.round, call.client) not in self._late:
+            replied = answer.get("kind") == "reply"
+            if replied and call.timed:
+                of_kind = self._deadlines if call.trains else self._deadlines_of_answers
+                of_kind.note(call.round, now - call.sent_at)
+            if call.stage == stage.number:
+                self._take(stage, call, answer, now)
+            elif replied and call.trains and (call.round, call.client) not in self._late:
                 self._late.add((call.round, call.client))  # it may have been called twice
                 self._say(f"client {call.client}: a reply of round {call.round} came late")
-                state.late.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
+                self._late_replies.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
 
-    def _take(self, state: Round, call: Call, answer: Frame, watcher: Watcher, now: float) -> None:
-        """An answer to a call of this round: a reply, or a reason to call again."""
+    def _take(self, stage: Stage, call: Call, answer: Frame, now: float) -> None:
+        """An answer to a call of this stage: a reply, or a reason to call again."""
         client = call.client
-        if client in state.replies:
+        if client in stage.replies:
             return  # it was called twice
         try:
             if answer.get("kind") == "reply":
                 reply = calls.read_reply(answer, client, call.bytes_down)
-                self._roster.seen[client] = state.number
-                self._settle(state, reply, watcher)
+                if stage.watcher:
+                    self._roster.seen[client] = stage.round
+                self._settle(stage, reply)
             elif answer.get("kind") == "behind":
-                self._step_back(state, client, calls.whole(answer, "seen"))
+                self._step_back(stage, client, calls.whole(answer, "seen"))
             elif answer.get("kind") == "error" and answer.get("type") in UNREACHED:
-                state.not_before[client] = now + RETRY
+                stage.not_before[client] = now + RETRY
                 self._say(
                     f"client {client} is called again: {calls.error('', str(answer.get('text')))['text']}"
                 )
             else:
                 raise CallError(f"{answer.get('type')}: {answer.get('text')}")
         except CallError as error:
-            self._settle(state, _failed(client, calls.error("", str(error))["text"]), watcher)
+            self._settle(stage, _failed(client, calls.error("", str(error))["text"]))
 
-    def _step_back(self, state: Round, client: int, seen: int) -> None:
+    def _step_back(self, stage: Stage, client: int, seen: int) -> None:
         """The client has lost what it had seen, and is told again."""
-        state.behind[client] = state.behind.get(client, 0) + 1
-        if seen > self._roster.seen[client] or state.behind[client] > MOST_BEHIND:
+        stage.behind[client] = stage.behind.get(client, 0) + 1
+        if seen > self._roster.seen[client] or stage.behind[client] > MOST_BEHIND:
             raise CallError(f"it says again that it has seen {seen} broadcasts")
         self._roster.seen[client] = seen
 
-    def _settle(self, state: Round, reply: Reply, watcher: Watcher) -> None:
-        state.replies[reply.client] = reply
-        if reply.failure:
-            watcher.client_left_out(state.number, reply.client, reply.failure)
-        watcher.client_done(state.number, reply.client)
+    def _settle(self, stage: Stage, reply: Reply) -> None:
+        stage.replies[reply.client] = reply
+        if stage.watcher and reply.failure:
+            stage.watcher.client_left_out(stage.round, reply.client, reply.failure)
+        if stage.watcher:
+            stage.watcher.client_done(stage.round, reply.client)
 
-    def _over(self, state: Round, wanted: int) -> bool:
-        """Whether the round has all that it waits for. Raises QuorumError."""
-        if state.updates >= wanted or len(state.replies) == len(state.clients):
+    def _over(self, stage: Stage) -> bool:
+        """Whether the stage has all that it waits for. Raises QuorumError."""
+        if stage.answers >= stage.enough or len(stage.replies) == len(stage.clients):
             return True
-        waited = self._clock() - state.opened
-        if waited >= self._deadlines.seconds and state.updates >= self._quorum:
+        waited = self._clock() - stage.opened
+        if waited >= stage.deadlines.seconds and stage.answers >= stage.least:
             return True
         if waited < self._config.max_deadline:
             return False
         raise QuorumError(
-            f"round {state.number}: expected updates of at least {self._quorum} clients within "
-            f"{self._config.max_deadline:g} s, got {state.updates}"
+            f"round {stage.round}: expected {'updates' if stage.watcher else 'answers'} of at least "
+            f"{stage.least} clients within {self._config.max_deadline:g} s, got {stage.answers}"
         )
 
-    def _missing(self, state: Round, client: int, watcher: Watcher) -> Reply:
+    def _missing(self, stage: Stage, client: int) -> Reply:
         """In place of the reply of a client that the round does not wait for any more."""
-        waited = self._clock() - state.opened
+        waited = self._clock() - stage.opened
         connected = client in self._roster.node_of
         reason = f"no reply within {waited:.1f} s" if connected else "not connected"
-        watcher.client_left_out(state.number, client, reason)
+        if stage.watcher:
+            stage.watcher.client_left_out(stage.round, client, reason)
         return _failed(client, reason)
 
 

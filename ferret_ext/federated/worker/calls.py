@@ -2,16 +2,20 @@
 
     hello      kind                                    who are you, and how far?
     train      kind, run bytes, round, client, since, broadcasts list of bytes; settings str and base bytes
-               where since is 0                        a round's work, see `Algorithm.client_update`
+               where since is 0; invitation bytes where the algorithm has one
+                                                       a round's work, see `Algorithm.client_update`
+    ask        kind, run bytes, round, client, request bytes
+                                                       what else a round takes, see `Members.reply`
 
     hello      kind, client, run bytes, seen           its run, and how many broadcasts it has taken in
     reply      kind, payload bytes, train_loss, failure str, local, project, rebuild
     behind     kind, seen                              broadcasts before the announced ones are missing
     error      kind, type str, text str                what went wrong; the worker lives on
 
-run: names the run, zeros for none. since: how many broadcasts the receiver has seen before these. settings:
-the run's as its ledger has them. base: SHA-256 of the model that the run begins with. local, project and
-rebuild: seconds. payload and broadcasts are messages of docs/wire.md.
+run: names the run, zeros for none. invitation: of the round's `Assembly`. since: how many broadcasts the
+receiver has seen before these. settings: the run's as its ledger has them. base: SHA-256 of the model that
+the run begins with. local, project and rebuild: seconds. payload, broadcasts, invitation and request are
+messages of docs/wire.md.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from ferret_ext.federated.wire import DIGEST_BYTES
 MAX_TEXT = 1000  # characters of an error
 LARGEST_LOSS = 1e30  # sums of losses stay far from overflow
 LONGEST = 1e9  # seconds
+OPTIONAL = ("invitation", "settings", "base")  # of a call to train
 PHASES = ("local", "project", "rebuild")
 
 Frame = dict[str, Any]
@@ -46,28 +51,44 @@ class Train:
     client: int
     since: int
     broadcasts: list[bytes]
+    invitation: bytes = b""
     settings: str = ""
     base: bytes = b""
 
     @classmethod
     def read(cls, frame: Mapping[str, Any]) -> Train:
         """The call in a frame. Raises CallError."""
-        run, broadcasts = take(frame, "run", bytes), take(frame, "broadcasts", list)
-        if len(run) != DIGEST_BYTES:
-            raise CallError(f"run: expected {DIGEST_BYTES} bytes, got {len(run)}")
+        run, broadcasts = _run(frame), take(frame, "broadcasts", list)
         if not all(isinstance(broadcast, bytes) for broadcast in broadcasts):
             raise CallError("broadcasts: expected a list of bytes")
         round_, client, since = (whole(frame, name) for name in ("round", "client", "since"))
+        invitation = take(frame, "invitation", bytes) if "invitation" in frame else b""
         if not frame.get("settings"):
-            return cls(run, round_, client, since, broadcasts)
+            return cls(run, round_, client, since, broadcasts, invitation)
         told = take(frame, "settings", str), take(frame, "base", bytes)
-        return cls(run, round_, client, since, broadcasts, *told)
+        return cls(run, round_, client, since, broadcasts, invitation, *told)
 
     def frame(self) -> Frame:
-        told = {name: value for name, value in vars(self).items() if name not in ("settings", "base")}
-        if self.settings:
-            told |= {"settings": self.settings, "base": self.base}
+        told = {name: value for name, value in vars(self).items() if value or name not in OPTIONAL}
         return {"kind": "train", **told}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call for what else a round takes of a client."""
+
+    run: bytes
+    round: int
+    client: int
+    request: bytes
+
+    @classmethod
+    def read(cls, frame: Mapping[str, Any]) -> Asked:
+        """The call in a frame. Raises CallError."""
+        return cls(_run(frame), whole(frame, "round"), whole(frame, "client"), take(frame, "request", bytes))
+
+    def frame(self) -> Frame:
+        return {"kind": "ask", **vars(self)}
 
 
 def hello(client: int, run: bytes, seen: int) -> Frame:
@@ -112,6 +133,13 @@ def take(frame: Mapping[str, Any], name: str, kind: type) -> Any:
         got = "none" if value is None else type(value).__name__
         raise CallError(f"{name}: expected {kind.__name__}, got {got}")
     return value
+
+
+def _run(frame: Mapping[str, Any]) -> bytes:
+    run: bytes = take(frame, "run", bytes)
+    if len(run) != DIGEST_BYTES:
+        raise CallError(f"run: expected {DIGEST_BYTES} bytes, got {len(run)}")
+    return run
 
 
 def whole(frame: Mapping[str, Any], name: str) -> int:

@@ -62,8 +62,8 @@ def _converse(connection: socket.socket, worker: Worker, jobs: Jobs, limit: int)
 def _answer(call: Frame, worker: Worker, jobs: Jobs) -> Frame:
     if call.get("kind") == "hello":
         return worker.greet()
-    if call.get("kind") != "train":
-        return calls.error("CallError", f"kind: expected hello or train, got {call.get('kind')!r:.80}")
+    if call.get("kind") not in ("train", "ask"):
+        return calls.error("CallError", f"kind: expected hello, train or ask, got {call.get('kind')!r:.80}")
     box: queue.Queue[Frame] = queue.Queue(1)
     jobs.put((call, box.put))
     return box.get()

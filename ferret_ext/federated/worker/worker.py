@@ -19,15 +19,17 @@ from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.errors import RunError
 from ferret_ext.federated.members import Members, client_weights
+from ferret_ext.federated.secure.participant import Participant
 from ferret_ext.federated.settings import ConfigError, Setting, flatten
 from ferret_ext.federated.wire import NO_DIGEST
 from ferret_ext.federated.worker import calls
-from ferret_ext.federated.worker.calls import CallError, Frame, Train
+from ferret_ext.federated.worker.calls import Asked, CallError, Frame, Train
 
 # Settings and sections that a party may set for itself; all others are the server's.
 OWN = (
     *("model", "data", "device", "num_threads", "allow_pickle", "dataset"),
     *("training.gradient_checkpointing", "training.torch_compile", "zeroth_order.snapshot"),
+    "ferret.secure_aggregation",  # set: the party takes part in no run that shows its update to the server
 )
 # Those that no server may set: they are of this machine, name files on it, or lower its guard.
 NEVER_THE_SERVERS = (
@@ -79,7 +81,8 @@ class Worker:
         self.client = client
         self._own, self._share, self._say = check_own(own), share, say
         self._member: Member | None = None
-        self._last: tuple[bytes, int, Frame] | None = None  # run, round and answer
+        self._participant = Participant(client)  # its keys, of which a worker that is started again has none
+        self._last: tuple[bytes, int, bytes, Frame] | None = None  # run, round, invitation and answer
         self._place = NO_DIGEST, 0  # run and broadcasts seen, for whoever asks meanwhile
 
     def greet(self) -> Frame:
@@ -98,18 +101,27 @@ class Worker:
 
     def _try(self, frame: Mapping[str, Any]) -> Frame:
         try:
-            return self._train(Train.read(frame))
+            return (
+                self._ask(Asked.read(frame)) if frame.get("kind") == "ask" else self._train(Train.read(frame))
+            )
         except (ValueError, RunError) as problem:  # calls, settings, data and messages that do not fit
             return self._error(problem)
         except Exception as problem:
             self._say(traceback.format_exc())
             return self._error(problem)
 
-    def _train(self, call: Train) -> Frame:
+    def _ask(self, call: Asked) -> Frame:
+        self._check_client(call)
+        return calls.reply(self._participant.reply(call.request))
+
+    def _check_client(self, call: Train | Asked) -> None:
         if call.client != self.client:
             raise CallError(f"client: expected {self.client}, which this worker is, got {call.client}")
-        if self._last and self._last[:2] == (call.run, call.round):
-            return self._last[2]  # asked again, because the answer was lost
+
+    def _train(self, call: Train) -> Frame:
+        self._check_client(call)
+        if self._last and self._last[:3] == (call.run, call.round, call.invitation):
+            return self._last[3]  # asked again, because the answer was lost
         member = self._member
         if call.settings:  # the server begins at the beginning
             member = self._begin(call)
@@ -119,7 +131,7 @@ class Worker:
             return calls.behind(member.seen)
         answer = self._update(member, call)
         if not answer["failure"]:
-            self._last = call.run, call.round, answer
+            self._last = call.run, call.round, call.invitation, answer
         return answer
 
     def _begin(self, call: Train) -> Member:
@@ -143,7 +155,8 @@ class Worker:
             examples = self._examples(start)
         (weight,) = client_weights(start.config, start.algorithm, [examples])
         own = {self.client: examples}, {self.client: weight}
-        members = Members(start.algorithm, start.model, *own, config.seed)
+        participants = {self.client: self._participant}
+        members = Members(start.algorithm, start.model, *own, config.seed, participants)
         self._member = Member(call.run, members, start.trainer, start.config)
         return self._member
 
@@ -163,7 +176,7 @@ class Worker:
         with run.reproducible(config.full_determinism, config.num_threads):
             member.restore(call.round)
             try:
-                done = member.members.update(self.client, call.round, call.broadcasts)
+                done = member.members.update(self.client, call.round, call.broadcasts, call.invitation)
             except BaseException:
                 self._settle(member, call.round)
                 raise
@@ -194,7 +207,7 @@ def check_own(own: Sequence[Setting]) -> list[Setting]:
                 f"{key}: expected a setting that a party has for itself ({', '.join(OWN)}), got {value!r}; "
                 "the server says all others"
             )
-    configuration.build(own, required=("model", "data"))
+    configuration.build([("ferret.seeds", "shared-round"), *own], required=("model", "data"))
     return list(own)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid, ServerApp
 
 RECORD = "ferret"  # the name of the only record in a message, as in `ferret_link.client_app`
-TYPES = {"hello": "query", "train": "train"}  # of Flower's messages, by the kind of a call
+TYPES = {"hello": "query", "train": "train", "ask": "query"}  # of Flower's messages, by the kind of a call
 
 
 def server_app() -> ServerApp:
@@ -65,7 +65,7 @@ def serve(
             link, config.federation, config.robust.quorum, clients, start.genesis, narrator.say
         )
         exchange = partial(remote.exchange, narrator)
-        return run.lead(start, clients, exchange, evaluator, narrator, open_journal)
+        return run.lead(start, clients, exchange, remote.ask, evaluator, narrator, open_journal)
 
 
 def number_of_clients(config: SimulationConfig) -> int:
