@@ -26,7 +26,7 @@ from ferret_ext.federated.worker.calls import CallError, Frame, Train
 
 # Settings and sections that a party may set for itself; all others are the server's.
 OWN = (
-    *("model", "data", "device", "num_threads", "allow_pickle", "dataset"),
+    *("model", "data", "device", "num_threads", "allow_pickle", "dataset", "privacy"),
     *("training.gradient_checkpointing", "training.torch_compile", "zeroth_order.snapshot"),
 )
 # Those that no server may set: they are of this machine, name files on it, or lower its guard.
