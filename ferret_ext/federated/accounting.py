@@ -26,7 +26,7 @@ from ferret_ext.federated.privacy import multiplier
 from ferret_ext.federated.settings import ConfigError
 
 FINEST = 1e-4  # interval of losses
-INTERVALS = 2**-19  # of the range of losses, where these are large
+INTERVALS = 2**-17  # of the range of losses, where these are large
 LARGEST = 2.0**10  # noise_multiplier that a target may take
 FEWEST = 20  # clients of a round on average; none come with probability e^-20
 DIGITS = 1000  # noise multipliers are found in steps of 1 / DIGITS
@@ -85,7 +85,7 @@ class Accountant:
             f"privacy: {privacy.noise} noise of {multiplier(privacy):g} times norm {privacy.clip_norm:g}; "
             f"epsilon {told.epsilon:.3f} at delta {told.delta:g} after {rounds:,} rounds"
         ]
-        if rounds < config.rounds:
+        if privacy.target_epsilon is not None and rounds < config.rounds:
             lines.append(
                 f"privacy: the run ends after round {rounds:,} of {config.rounds:,}, with "
                 f"privacy.target_epsilon {privacy.target_epsilon:g} spent"
