@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import RobustConfig
 from ferret_ext.federated.errors import DisagreementError, QuorumError
 from ferret_ext.federated.metrics import Rejection
+from ferret_ext.federated.privacy import Release
 from ferret_ext.federated.seeds import UsedSeeds
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
@@ -40,7 +42,8 @@ class Taken(NamedTuple):
 class Admission:
     """Takes updates one by one; what is wrong with one does not touch the others.
 
-    equal_weights: clients count alike, and none may claim more. used: the seeds of all updates that counted
+    equal_weights: clients count alike, and none may claim more. release: how a round's sum is made private,
+    if it is; then no client's update decides over another's. used: the seeds of all updates that counted
     in former rounds. An update along directions that its client chose after it had seen others', or a
     replayed one, would carry a seed again.
     """
@@ -49,6 +52,7 @@ class Admission:
     config: RobustConfig
     equal_weights: bool = False
     used: UsedSeeds = field(default_factory=UsedSeeds)
+    release: Callable[[int], Release | None] = lambda round_: None
 
     def __post_init__(self) -> None:
         if self.config.rule not in self.algorithm.rules:
@@ -70,6 +74,7 @@ class Admission:
         Raises DisagreementError where a client says that its weights are others, unless such clients are
         rejected, and QuorumError where fewer updates are left than `robust.quorum`.
         """
+        release = self.release(replica.round + 1)
         taken: dict[int, Taken] = {}
         rejections = []
         for client, payload in sent:
@@ -81,7 +86,8 @@ class Admission:
                 rejections.append(_rejection(client, error))
                 continue
             taken[client] = Taken(message, payload, self.algorithm.norm(replica, message))
-        for unfit in (self._too_long, self._too_heavy, self._repeated):
+        ratio = self.config.max_norm_ratio if release is None else math.inf
+        for unfit in (partial(self._too_long, ratio), self._too_heavy, self._repeated):
             found = list(unfit(taken))
             rejections += found
             for rejection in found:
@@ -90,8 +96,8 @@ class Admission:
             raise QuorumError(_too_few(replica.round + 1, len(taken), self.config.quorum, rejections))
         ordered = [taken[client] for client in chosen if client in taken]
         messages, received, norms = zip(*ordered, strict=True)
-        factors = self._factors(norms)
-        return Updates(messages, received, factors, self.config.rule, self.config.trim), rejections
+        factors = self._factors(norms) if release is None else release.factors(norms)
+        return Updates(messages, received, factors, self.config.rule, self.config.trim, release), rejections
 
     def remember(self, message: Message) -> None:
         """Takes the seeds in an update or a broadcast as used."""
@@ -126,9 +132,9 @@ class Admission:
             raise WireError(text)
         raise DisagreementError(text)
 
-    def _too_long(self, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
+    def _too_long(self, ratio: float, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
         norms = {client: update.norm for client, update in taken.items()}
-        return _standing_out("norm", norms, self.config.max_norm_ratio)
+        return _standing_out("norm", norms, ratio)
 
     def _too_heavy(self, taken: Mapping[int, Taken]) -> Iterator[Rejection]:
         weights = {client: update.message.weight for client, update in taken.items()}

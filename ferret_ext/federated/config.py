@@ -328,6 +328,50 @@ class RobustConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of whole clients: what a client sends is clipped and hidden in normal noise."""
+
+    noise: Literal["none", "central", "distributed", "local"] = option(
+        "none",
+        "who adds it: the server, to the clients' sum; every client its part, so that the sum has enough; "
+        "every client all of it, to its own update; none: nobody, and nothing is promised",
+    )
+    clip_norm: float = option(
+        1.0,
+        "updates are scaled down to this norm: of coordinates for ferret, of parameters for fedavg",
+        above=0,
+    )
+    noise_multiplier: float | None = option(
+        None,
+        "the noise's standard deviation over clip_norm; none: as much as target_epsilon takes",
+        at_least=0.3,
+    )
+    target_epsilon: float | None = option(
+        None, "what all rounds may spend; with a noise_multiplier, the run ends when it is spent", above=0
+    )
+    delta: float = option(
+        1e-5, "what epsilon is told at; much less than one over the clients", above=0, at_most=0.5
+    )
+    sampling: Literal["public", "secret"] = option(
+        "public",
+        "public: everybody can work out who is drawn, by the run's seed; secret: every client is drawn by a "
+        "coin that the server alone knows, so that less noise is needed (central)",
+    )
+    noise_seed: int | None = option(
+        None,
+        "none: noise from the operating system, never the same again; a number, for experiments: noise that "
+        "repeats, and hides nothing from those who know it",
+        at_least=0,
+        at_most=2**63 - 1,
+    )
+
+    @property
+    def of_sums(self) -> bool:
+        """Whether sums are protected, and single updates are not."""
+        return self.noise in ("central", "distributed")
+
+
+@dataclass(frozen=True)
 class LedgerConfig:
     """What a run writes down so that it can go on after a crash."""
 
@@ -424,6 +468,7 @@ class SimulationConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     zeroth_order: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
     robust: RobustConfig = field(default_factory=RobustConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
@@ -491,6 +536,7 @@ def _check_together(config: SimulationConfig) -> None:
         )
     if config.algorithm == "ferret" and config.ferret.secure_aggregation:
         _check_secure(config)
+    _check_privacy(config)
     if config.federation.min_deadline > config.federation.max_deadline:
         raise ConfigError(
             f"federation.min_deadline: expected at most federation.max_deadline, which is "
@@ -527,3 +573,66 @@ def _check_secure(config: SimulationConfig) -> None:
             "client_weights: expected uniform where ferret.secure_aggregation is set, since the server could "
             f"not tell whether a client keeps to its weight, got {config.client_weights}"
         )
+def _check_privacy(config: SimulationConfig) -> None:
+    """What differential privacy does not go with."""
+    privacy, ferret = config.privacy, config.ferret
+    if privacy.noise == "none":
+        if privacy.noise_multiplier or privacy.target_epsilon or privacy.sampling == "secret":
+            raise ConfigError(
+                "privacy.noise: expected central, distributed or local where other settings of privacy are "
+                "given, got none"
+            )
+        return
+    projects = config.algorithm == "ferret"
+    where = f"where privacy.noise is {privacy.noise}"
+    unfit = [
+        (
+            privacy.noise_multiplier is None and privacy.target_epsilon is None,
+            f"privacy.noise_multiplier: expected a number, or a privacy.target_epsilon, {where}, got none",
+        ),
+        (
+            config.algorithm in ("fedkseed", "fedkseed-pro", "decomfl", "feedsign"),
+            f"privacy.noise: expected none with {config.algorithm}, got {privacy.noise}; ferret, fedavg and "
+            "those who send what fedavg sends can be private",
+        ),
+        (
+            projects and ferret.mode == "reference-code",
+            f"ferret.mode: expected paper {where}, got reference-code",
+        ),
+        (
+            projects and privacy.of_sums and ferret.seeds == "per-client",
+            f"ferret.seeds: expected shared-round {where}, since with per-client every update is relayed as "
+            "it came, got per-client; privacy.noise=local allows it",
+        ),
+        (
+            privacy.of_sums and config.robust.rule != "mean",
+            f"robust.rule: expected mean {where}, got {config.robust.rule}",
+        ),
+        (
+            config.client_weights in ("examples", "batches"),
+            f"client_weights: expected auto or uniform {where}, got {config.client_weights}",
+        ),
+        (
+            privacy.noise == "distributed" and projects and ferret.chosen_coordinates != "float32",
+            f"ferret.coordinates: expected float32 {where}, since parts of noise that are rounded do not add "
+            f"up, got {ferret.coordinates}",
+        ),
+        (
+            privacy.noise == "distributed" and config.dtype != "float32",
+            f"dtype: expected float32 {where}, since parts of noise that are rounded do not add up, got "
+            f"{config.dtype}",
+        ),
+        (
+            privacy.sampling == "secret" and privacy.noise != "central",
+            f"privacy.sampling: expected public {where}, got secret; only a server that is trusted can draw "
+            "clients secretly",
+        ),
+        (
+            privacy.sampling == "secret" and config.federation.over_selection > 0,
+            "federation.over_selection: expected 0 where privacy.sampling is secret, got "
+            f"{config.federation.over_selection:g}",
+        ),
+    ]
+    for found, text in unfit:
+        if found:
+            raise ConfigError(text)

@@ -170,10 +170,18 @@ def _line(metrics: RoundMetrics, rounds: int) -> str:
         return f"round 0/{rounds}: evaluation loss {metrics.eval_loss:.4f} before training"
     return (
         f"round {metrics.round}/{rounds}: evaluation loss {metrics.eval_loss:.4f}, "
-        f"training loss {metrics.train_loss:.4f}, local {metrics.seconds_local:.2f} s, "
+        f"{_training(metrics)}local {metrics.seconds_local:.2f} s, "
         f"project {metrics.seconds_project:.3f} s, rebuild {metrics.seconds_rebuild:.3f} s, "
-        f"{metrics.payload_bytes_up:,} bytes up, {metrics.payload_bytes_down:,} down"
+        f"{metrics.payload_bytes_up:,} bytes up, {metrics.payload_bytes_down:,} down{_spent(metrics)}"
     )
+
+
+def _training(metrics: RoundMetrics) -> str:
+    return "" if metrics.train_loss is None else f"training loss {metrics.train_loss:.4f}, "
+
+
+def _spent(metrics: RoundMetrics) -> str:
+    return "" if metrics.epsilon is None else f", epsilon {metrics.epsilon:.3f} at delta {metrics.delta:g}"
 
 
 def _score_table(history: Sequence[RoundMetrics]) -> Table:

@@ -3,6 +3,7 @@
     ledger, ledger.head                         the rounds that count, see `ledger`
     snapshots/round-R.safetensors               the weights after round R, and what else the next one needs
     optimizers/client-C-round-R.safetensors     of clients that keep their optimiser's state between rounds
+    privacy.key                                 by which clients are drawn where nobody may learn who is
     pending.json                                the seconds of the newest round, until it is evaluated
 
 The ledger alone says what the model is. A snapshot only saves time: one that is missing or damaged is passed
@@ -14,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +41,9 @@ from ferret_ext.federated.wire import Message, WireError
 LEDGER = "ledger"
 HEAD = LEDGER + ledger.HEAD_SUFFIX
 PENDING = "pending.json"
-FILES = (HEAD, LEDGER, PENDING, "snapshots", "optimizers")
+KEY = "privacy.key"
+KEY_BITS = 128
+FILES = (HEAD, LEDGER, PENDING, KEY, "snapshots", "optimizers")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,13 @@ class FolderJournal:
         self._snapshots = Snapshots(folder / "snapshots", config)
         self._optimizers = Optimizers(folder / "optimizers", states)
         self._ledger: Ledger | None = None
+        self._key: int | None = None
+
+    def key(self) -> int:
+        """See `rounds.Journal`. Raises LedgerError."""
+        if self._key is None:
+            self._key = read_key(self._folder / KEY) if self._resumed else secrets.randbits(KEY_BITS)
+        return self._key
 
     def replay(self, server: Server[Any]) -> Iterator[Outcome]:
         """See `rounds.Journal`. A run that begins anew has its ledger once round 0 is measured.
@@ -84,6 +96,8 @@ class FolderJournal:
         if not self._resumed:
             yield Outcome(0)
             with _writing(self._folder):
+                if self._key is not None:
+                    write_key(self._folder / KEY, self._key)
                 self._ledger = Ledger.create(path)
                 self._ledger.append(opening_record(server, self._genesis))
             return
@@ -170,6 +184,7 @@ def opening_record(server: Server[Any], genesis: Genesis) -> Message:
 def record_of(server: Server[Any], outcome: Outcome) -> Message:
     """The record of the round that the server has come to."""
     (newest,) = server.broadcasts_since(outcome.round)
+    outcome = outcome.untold if server.draws.secret else outcome
     values: dict[str, wire.Value] = {
         "broadcast": newest,
         **{name: np.array(getattr(outcome, name), np.uint32) for name in ("clients", "left_out", "accepted")},
@@ -179,8 +194,8 @@ def record_of(server: Server[Any], outcome: Outcome) -> Message:
         "bytes_up": outcome.payload_bytes_up,
         "bytes_down": outcome.payload_bytes_down,
     }
-    if outcome.train_loss is not None:
-        values["train_loss"] = outcome.train_loss
+    optional = {name: getattr(outcome, name) for name in ledger.OPTIONAL}
+    values |= {name: value for name, value in optional.items() if value is not None}
     return message_of(server, values)
 
 
@@ -195,9 +210,13 @@ def outcome_of(record: Message) -> Outcome:
             accepted=_numbers(record, "accepted"),
             rejected=[Rejection(c, reason.decode()) for c, reason in zip(rejected, reasons, strict=True)],
             updates=record.value("updates", list),
-            train_loss=record.value("train_loss", float) if "train_loss" in record.values else None,
             payload_bytes_up=record.value("bytes_up", int),
             payload_bytes_down=record.value("bytes_down", int),
+            **{
+                name: record.value(name, float)  # type: ignore[arg-type]
+                for name in ledger.OPTIONAL
+                if name in record.values
+            },
         )
     except ValueError as error:
         raise LedgerError(f"ledger: record {record.round}: {error}") from None
@@ -210,6 +229,25 @@ def replay(server: Server[Any], record: Message) -> None:
     replica = server.replica
     if (replica.round, replica.weights) != (record.round, record.weights):
         raise LedgerError(f"ledger: record {record.round} must have the broadcast of its own round")
+
+
+def write_key(path: Path, key: int) -> None:
+    """Into a file that nobody else on the machine can read."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{key:032x}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_key(path: Path) -> int:
+    """Raises LedgerError."""
+    try:
+        return int(path.read_text("ascii"), 16)
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"ledger: {path} is needed to go on, for it says which clients are drawn: {error}"
+        ) from None
 
 
 def _numbers(record: Message, name: str) -> list[int]:

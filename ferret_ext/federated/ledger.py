@@ -9,7 +9,8 @@ one what the round was and what its clients were relayed:
     round 0's       base bytes (SHA-256, see `digests.of_model`), config str (JSON)
     the others'     clients, left_out, accepted, rejected uint32; reasons list of bytes (UTF-8), one for each
                     rejected; updates list of bytes (SHA-256), one for each accepted; bytes_up, bytes_down
-                    int; train_loss float, unless no client says one
+                    int; train_loss float, unless no client says one; epsilon, delta float where privacy is
+                    promised
 
 `ledger.head` says how many records and bytes of it count, and the last one's SHA-256. It is replaced once a
 record is on the disk, and that makes the round count: what a crash has left behind the head was never there.
@@ -48,6 +49,8 @@ _ROUND = {
     **dict.fromkeys(("reasons", "updates"), list),
     **dict.fromkeys(("bytes_up", "bytes_down"), int),
 }
+
+OPTIONAL = ("train_loss", "epsilon", "delta")  # of every round but 0, floats
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def read_head(path: Path) -> Head | None:
 def check(record: Message) -> None:
     """Raises WireError unless the record has what a record of its round must have, and nothing else."""
     fields: Mapping[str, type] = _ROUND if record.round else _OPENING
-    record.only(*fields, optional=["train_loss"] if record.round else [])
+    record.only(*fields, optional=OPTIONAL if record.round else [])
     for name, kind in fields.items():
         record.value(name, kind)
     hashes = [record.value("previous", bytes)]
@@ -207,8 +210,9 @@ def _check_round(record: Message) -> None:
             raise WireError(f"reasons must be UTF-8: {error}") from None
     if min(record.value("bytes_up", int), record.value("bytes_down", int)) < 0:
         raise WireError("bytes_up and bytes_down must be at least 0")
-    if "train_loss" in record.values:
-        record.value("train_loss", float)
+    for name in OPTIONAL:
+        if name in record.values:
+            record.value(name, float)
 
 
 def _next(path: Path, file: IO[bytes], count: int, known: Head | None) -> bytes | None:

@@ -64,5 +64,7 @@ def client_weights(
 
 
 def weighting(config: SimulationConfig, algorithm: Algorithm[Any]) -> Weighting:
-    """What clients count by."""
-    return algorithm.weighting if config.client_weights == "auto" else config.client_weights
+    """What clients count by. All alike where sums are private: one must not change what another counts."""
+    if config.client_weights != "auto":
+        return config.client_weights
+    return algorithm.weighting if config.privacy.noise == "none" else "uniform"

@@ -45,11 +45,18 @@ class Outcome:
     seconds_rebuild: float = 0.0
     seconds_server: float = 0.0
     late: int = 0
+    epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
         """The seconds by their names, of which the ledger says nothing."""
         return {name: value for name, value in vars(self).items() if name.startswith("seconds_")}
+
+    @property
+    def untold(self) -> Outcome:
+        """What may be told where nobody may learn who was drawn."""
+        return Outcome(self.round, epsilon=self.epsilon, delta=self.delta)
 
     def with_evaluation(
         self, loss: float, scores: Mapping[str, float], watch: Stopwatch, model_bytes: int
@@ -82,7 +89,8 @@ class RoundMetrics:
     checking, relaying and applying the updates. Seconds before the evaluation are 0 where a crash took them.
     late: replies of former rounds that came during this one; 0 where a crash took it. seconds_eval: the
     evaluation loss. seconds_generate: generating and scoring text. scores: see `scores.SCORES`; empty where
-    no text was generated.
+    no text was generated. epsilon, delta: of differential privacy, all rounds so far together, see
+    `accounting`; None where it is not promised.
     """
 
     round: int
@@ -102,12 +110,15 @@ class RoundMetrics:
     seconds_generate: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
     late: int = 0
+    epsilon: float | None = None
+    delta: float | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> RoundMetrics:
         """The metrics in a line of metrics.jsonl; KeyError or TypeError if it has something else."""
         metrics = cls(**{**row, "rejected": [Rejection(**it) for it in row["rejected"]]})
-        told = {**vars(metrics), "train_loss": metrics.train_loss or 0.0}
+        optional = ("train_loss", "epsilon", "delta")
+        told = {**vars(metrics), **{name: getattr(metrics, name) or 0.0 for name in optional}}
         people = [*told.pop("clients"), *told.pop("left_out"), *(it.client for it in told.pop("rejected"))]
         scores = told.pop("scores").values()
         if any(not isinstance(number, (int, float)) for number in (*people, *scores, *told.values())):

@@ -99,6 +99,10 @@ def _figures(history: Sequence[RoundMetrics], about: dict[str, Any]) -> Iterator
     first, last = history[0], history[-1]
     yield Figure("evaluation loss", f"{last.eval_loss:.4f}", f"{first.eval_loss:.4f} before training")
     yield from (Figure(name, f"{mean:.4f}") for name, mean in last.scores.items())
+    if last.epsilon is not None:
+        yield Figure(
+            "privacy, epsilon", f"{last.epsilon:.3f}", f"at delta {last.delta:g}, all rounds together"
+        )
     full = sum(len(metrics.clients) * metrics.model_bytes for metrics in history)
     for way in ("up", "down"):
         size = sum(getattr(metrics, f"payload_bytes_{way}") for metrics in history)
@@ -132,10 +136,19 @@ def _pictures(
 
 def _rounds(history: Sequence[RoundMetrics]) -> Table:
     phases = [phase for phase in plot_runs.PHASES if any(getattr(row, f"seconds_{phase}") for row in history)]
-    head = ("round", "evaluation loss", "training loss", *(f"{phase} s" for phase in phases))
+    told = any(row.train_loss is not None for row in history[1:])
+    private = any(row.epsilon is not None for row in history)
+    head = (
+        *("round", "evaluation loss"),
+        *(["training loss"] if told else []),
+        *(["epsilon so far"] if private else []),
+        *(f"{phase} s" for phase in phases),
+    )
     rows = [
         (
-            *(f"{row.round:,}", f"{row.eval_loss:.4f}", _number(row.train_loss, ".4f")),
+            *(f"{row.round:,}", f"{row.eval_loss:.4f}"),
+            *([_number(row.train_loss, ".4f")] if told else []),
+            *([_number(row.epsilon, ".3f")] if private else []),
             *(f"{getattr(row, f'seconds_{phase}'):.3f}" for phase in phases),
             *(f"{row.payload_bytes_up:,}", f"{row.payload_bytes_down:,}", f"{len(row.clients):,}"),
         )

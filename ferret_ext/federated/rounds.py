@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
+from ferret_ext.federated.accounting import Spent
 from ferret_ext.federated.admission import Sent
 from ferret_ext.federated.algorithms.base import Reply
 from ferret_ext.federated.algorithms.updates import Updates
@@ -57,6 +58,9 @@ class Journal(Protocol):
 
     measured: list[RoundMetrics]
 
+    def key(self) -> int:
+        """A secret of 128 bits, the same when the run is resumed; to be asked for before `replay`."""
+
     def replay(self, server: Server[Any]) -> Iterator[Outcome]:
         """Takes the server through the rounds that count; gives each that is not measured, as the newest."""
 
@@ -69,6 +73,9 @@ class NoJournal:
 
     def __init__(self) -> None:
         self.measured: list[RoundMetrics] = []
+
+    def key(self) -> int:
+        return secrets.randbits(128)
 
     def replay(self, server: Server[Any]) -> Iterator[Outcome]:
         yield Outcome(0)
@@ -89,8 +96,11 @@ def run_rounds(
     model_bytes: int,
     journal: Journal | None = None,
     ask: Ask = nobody_to_ask,
+    spent: Callable[[int], Spent] | None = None,
 ) -> list[RoundMetrics]:
     """Rounds 1 .. `rounds`; returns the metrics of each, after those of the untrained model as round 0.
+
+    spent: what privacy has cost after a round, where it is promised.
 
     A client whose training fails is left out of its round, whose mean is that of the others; so is an update
     that is rejected. ask: carries what else the algorithm asks of clients. A round counts once the journal
@@ -136,7 +146,8 @@ def run_rounds(
         for rejection in rejections:
             watcher.update_rejected(round_, rejection)
         outcome = _outcome(round_, drawn, replies, updates, rejections, watch, talk)
-        outcome = replace(outcome, late=len(came) - len(replies))
+        epsilon, delta = spent(round_) if spent else (None, None)
+        outcome = replace(outcome, late=len(came) - len(replies), epsilon=epsilon, delta=delta)
         journal.commit(server, outcome)
         measure(outcome, watch)
     return history
@@ -162,7 +173,7 @@ def _outcome(
         left_out=[client for client in clients if client in {*failed, *talk.left_out}],
         rejected=rejections,
         accepted=accepted,
-        updates=[hashlib.sha256(payload).digest() for payload in updates.received],
+        updates=updates.hashes,
         train_loss=fmean(said) if said else None,
         payload_bytes_up=talk.bytes_up + sum(len(reply.payload) for reply in replies),
         payload_bytes_down=talk.bytes_down + sum(reply.payload_bytes_down for reply in replies),

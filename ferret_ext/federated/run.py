@@ -14,17 +14,18 @@ from typing import Any, Protocol
 
 import torch
 
-from ferret_ext.federated import adapters, algorithms, digests, models
+from ferret_ext.federated import accounting, adapters, algorithms, digests, models
 from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.client import LocalTrainer, OptimizerStates
 from ferret_ext.federated.config import FREE_SETTINGS, SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.dialogue import Ask
+from ferret_ext.federated.draws import Draws, SecretDraws
 from ferret_ext.federated.evaluation import Evaluator
 from ferret_ext.federated.journal import Genesis
 from ferret_ext.federated.members import weighting
 from ferret_ext.federated.metrics import RoundMetrics
-from ferret_ext.federated.rounds import Exchange, Journal, Watcher, run_rounds
+from ferret_ext.federated.rounds import Exchange, Journal, NoJournal, Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 
@@ -77,7 +78,7 @@ class Start:
 def begin(config: SimulationConfig, settings: str | None = None) -> Start:
     """Loads the model and makes the algorithm. settings: those of the run as its ledger has them, where they
     come from elsewhere. Raises ConfigError."""
-    config = adapters.resolve(config)
+    config = accounting.resolve(adapters.resolve(config))
     device, seed = models.pick_device(config.device), derive(config.seed, "model")
     model, tokenizer = models.load(config.model, config.dtype, device, seed, allow_pickle=config.allow_pickle)
     model_bytes = models.trainable_bytes(model)
@@ -109,6 +110,9 @@ def lead(
     Raises DivergedError and RunError.
     """
     config = start.config
+    journal = open_journal(start.genesis, start.trainer.states) if open_journal else NoJournal()
+    accountant = accounting.of(config, clients)
+    rounds = accountant.affordable() if accountant else config.rounds
     server = Server(
         start.algorithm,
         start.model,
@@ -120,18 +124,22 @@ def lead(
         verify_weights=config.ledger.verify_weights,
         equal_weights=weighting(config, start.algorithm) == "uniform",
         over_selection=config.federation.over_selection,
+        privacy=config.privacy,
+        draws=_secret_draws(config, clients, journal) if config.privacy.sampling == "secret" else None,
     )
-    for line in (_describe(server), *algorithms.notes(config), *start.algorithm.notes(server.replica)):
+    notes = (*algorithms.notes(config), *start.algorithm.notes(server.replica))
+    for line in (_describe(server), *notes, *(accountant.notes(rounds) if accountant else ())):
         narrator.say(line)
     history = run_rounds(
-        config.rounds,
+        rounds,
         server,
         exchange,
-        partial(evaluator.after_round, config.rounds),
+        partial(evaluator.after_round, rounds),
         narrator,
         start.model_bytes,
-        open_journal and open_journal(start.genesis, start.trainer.states),
+        journal,
         ask,
+        accountant.spent if accountant else None,
     )
     return Result(start.model, start.tokenizer, history)
 
@@ -159,6 +167,12 @@ def reproducible(deterministic: bool, num_threads: int | None) -> Iterator[None]
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.set_num_threads(threads)
+
+
+def _secret_draws(config: SimulationConfig, clients: int, journal: Journal) -> Draws:
+    seed = config.privacy.noise_seed
+    key = journal.key() if seed is None else derive(seed, "coins")
+    return SecretDraws(range(clients), config.client_fraction, key)
 
 
 def _describe(server: Server[Any]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Generic
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +13,12 @@ from ferret_ext.federated import digests, wire
 from ferret_ext.federated.admission import Admission, Sent
 from ferret_ext.federated.algorithms.base import Algorithm, R
 from ferret_ext.federated.algorithms.updates import Updates
-from ferret_ext.federated.config import RobustConfig
+from ferret_ext.federated.config import PrivacyConfig, RobustConfig
 from ferret_ext.federated.dialogue import Assembly, Dialogue
+from ferret_ext.federated.draws import Draws
 from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.metrics import Rejection
-from ferret_ext.federated.seeds import derive
+from ferret_ext.federated.privacy import Release
 from ferret_ext.federated.wire import Message
 
 Broadcast = bytes | Callable[[], bytes]
@@ -27,8 +27,8 @@ Broadcast = bytes | Callable[[], bytes]
 class Server(Generic[R]):
     """The global model and the broadcasts that led to it, one a round from round 0 on.
 
-    wanted: the updates that a round is after; more clients may be drawn. assembly: of the newest round. A
-    broadcast is b"" when it was superseded, and a call that gives it where it is kept elsewhere.
+    assembly: of the newest round. A broadcast is b"" when it was superseded, and a call that gives it where
+    it is kept elsewhere.
     """
 
     def __init__(
@@ -44,11 +44,16 @@ class Server(Generic[R]):
         verify_weights: bool = True,
         equal_weights: bool = False,
         over_selection: float = 0.0,
+        privacy: PrivacyConfig | None = None,
+        draws: Draws | None = None,
     ) -> None:
         """run: 8 bytes that name the run. robust, verify_weights: see the config. equal_weights: all clients
-        count alike. over_selection: share of clients that are drawn beyond `fraction`. Raises ConfigError."""
+        count alike. over_selection: share of clients that are drawn beyond `fraction`. privacy: resolved.
+        draws: in place of those by the seed. Raises ConfigError."""
         self.algorithm = algorithm
-        self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights)
+        self.draws = draws or Draws(clients, fraction, seed, over_selection)
+        release = partial(Release.of, privacy or PrivacyConfig(), self.draws.expected)
+        self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights, release)
         self.replica = algorithm.replicate(model)
         self.replica.run = run
         if verify_weights:
@@ -57,17 +62,15 @@ class Server(Generic[R]):
         self.broadcasts: list[Broadcast] = [opening]
         algorithm.rebuild(self.replica, opening)
         self.assembly = Assembly(clients)
-        self._clients = clients
-        self.wanted = max(1, round(fraction * len(clients)))
-        self._num_chosen = min(len(clients), math.ceil(self.wanted * (1 + over_selection)))
-        self._seed = seed
+
+    @property
+    def wanted(self) -> int:
+        """The updates that a round is after; more clients may be drawn."""
+        return self.draws.wanted
 
     def choose(self, round_: int) -> list[int]:
-        """The round's clients, in the order of all: the configured fraction of them, at least one, and those
-        that are drawn beyond it."""
-        random = np.random.Generator(np.random.PCG64(derive(self._seed, "clients", round_)))
-        chosen = sorted(random.choice(len(self._clients), self._num_chosen, replace=False).tolist())
-        return [self._clients[i] for i in chosen]
+        """The round's clients, in the order of all."""
+        return self.draws.of_round(round_)
 
     def assemble(self, drawn: Sequence[int], talk: Dialogue) -> Sequence[int]:
         """Those of the clients drawn for the next round that take part in it. Raises QuorumError."""

@@ -84,10 +84,10 @@ def numbers_of(metrics: RoundMetrics) -> dict[str, float]:
         for name, value in vars(metrics).items()
         if name.startswith("seconds_")
     }
-    loss = {} if metrics.train_loss is None else {"train/loss": metrics.train_loss}
+    optional = {"train/loss": metrics.train_loss, "privacy/epsilon": metrics.epsilon}
     return {
         "eval/loss": metrics.eval_loss,
-        **loss,
+        **{name: value for name, value in optional.items() if value is not None},
         **{f"eval/{name}": mean for name, mean in metrics.scores.items()},
         "bytes/up": metrics.payload_bytes_up,
         "bytes/down": metrics.payload_bytes_down,

@@ -15,6 +15,7 @@ from ferret_ext.federated.algorithms.ferret_reference import FerretReference
 from ferret_ext.federated.algorithms.scalar_rounds import DeComFL, FeedSign
 from ferret_ext.federated.client import LocalTrainer
 from ferret_ext.federated.config import SimulationConfig
+from ferret_ext.federated.privacy import ClientSide
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.zeroth_order import PUBLISHED, ZerothOrderTrainer, batch_loss, with_published
 
@@ -25,11 +26,10 @@ SEEDED: dict[str, type[FedKSeed] | type[DeComFL]] = {
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    step, train = config.server_learning_rate, trainer.train
+    step, train, privacy = config.server_learning_rate, trainer.train, _client_side(config)
     makers: dict[str, Callable[[], Algorithm[Any]]] = {
         "ferret": lambda: _ferret(config, train),
-        "fedavg": lambda: FedAvg(step, train),
-        **{name: partial(FedAvg, step, train, name) for name in adapters.PUBLISHED},
+        **{name: partial(FedAvg, step, train, name, privacy) for name in ("fedavg", *adapters.PUBLISHED)},
         **dict.fromkeys(PUBLISHED, partial(_zeroth_order, config, trainer)),
     }
     return makers[config.algorithm]()
@@ -56,8 +56,14 @@ def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
 
         return SecureFerret(chosen, step, train, derive(seed, "bases"))
     if chosen.seeds == "shared-round":
-        return SharedFerret(chosen, step, train, derive(seed, "bases"))
-    return Ferret(chosen, step, train)
+        return SharedFerret(chosen, step, train, derive(seed, "bases"), privacy=_client_side(config))
+    return Ferret(chosen, step, train, privacy=_client_side(config))
+
+
+def _client_side(config: SimulationConfig) -> ClientSide | None:
+    """What privacy asks of clients."""
+    private = config.privacy.noise != "none"
+    return ClientSide(config.privacy, config.robust.quorum) if private else None
 
 
 def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
@@ -67,5 +73,6 @@ def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[
     loss = partial(batch_loss, pad_token_id=trainer.pad_token_id)
     batch_size = trainer.config.per_device_train_batch_size
     if name == "fedzo":
-        return FedAvg(rate, ZerothOrderTrainer(settings, loss, batch_size).train, name)
+        train = ZerothOrderTrainer(settings, loss, batch_size).train
+        return FedAvg(rate, train, name, _client_side(config))
     return SEEDED[name](settings, rate, derive(config.seed, "directions"), loss, batch_size)

@@ -6,6 +6,7 @@ broadcast  w_r of each trainable parameter in the same way; none in round 0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from ferret_ext.federated.algorithms.base import (
 )
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.privacy import ClientSide
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.wire import Message
 
@@ -46,6 +48,7 @@ class FedAvg(Algorithm[Replica]):
     server_learning_rate: float
     train: Train
     name: str = "fedavg"
+    privacy: ClientSide | None = None
 
     def replicate(self, model: Any) -> Replica:
         return Replica(model, list(trainable(model).values()))
@@ -55,7 +58,10 @@ class FedAvg(Algorithm[Replica]):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         with watch("project"), torch.no_grad():
             pairs = zip(replica.start, replica.params, strict=True)
-            return pack(start - param for start, param in pairs), loss
+            deltas = (start - param for start, param in pairs)
+            if self.privacy is None:
+                return pack(deltas), loss
+            return pack(self.privacy.protect(list(deltas), data.round, data.client)), math.nan
 
     def check_values(self, replica: Replica, update: Message) -> None:
         check_packed(update, replica.params)

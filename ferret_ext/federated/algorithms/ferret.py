@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -41,6 +41,7 @@ from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.metrics import Stopwatch
+from ferret_ext.federated.privacy import ClientSide
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message, WireError
@@ -60,6 +61,7 @@ class Projecting(Algorithm[P]):
     config: FerretConfig
     server_learning_rate: float
     train: Train
+    privacy: ClientSide | None = field(default=None, kw_only=True)
 
     def notes(self, replica: P) -> list[str]:
         size = sum(param.numel() for param in replica.params)
@@ -112,6 +114,9 @@ class Projecting(Algorithm[P]):
                 seed,
                 basis=self.config.chosen_basis,
             )
+            if self.privacy is not None:
+                (gammas,) = self.privacy.protect([gammas], data.round, data.client)
+                loss = math.nan  # it would tell of the client's records
             written = coordinates.write(gammas, plan, kind)
         return {"contract": self.contract, "seed": seed, **written}, loss
 

@@ -27,7 +27,7 @@ from ferret_ext.federated.worker.calls import Asked, CallError, Frame, Train
 
 # Settings and sections that a party may set for itself; all others are the server's.
 OWN = (
-    *("model", "data", "device", "num_threads", "allow_pickle", "dataset"),
+    *("model", "data", "device", "num_threads", "allow_pickle", "dataset", "privacy"),
     *("training.gradient_checkpointing", "training.torch_compile", "zeroth_order.snapshot"),
     "ferret.secure_aggregation",  # set: the party takes part in no run that shows its update to the server
 )
