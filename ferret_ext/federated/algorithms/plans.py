@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 import ferret_ext
+from ferret_ext.allocation import Allocation
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Replica, Values
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message
-from ferret_ext.plan import Allocation, Granularity
+from ferret_ext.plan import Granularity
 
 
 @dataclass(kw_only=True)
