@@ -28,7 +28,7 @@ from .ops import (
     unpack,
 )
 from .packing import Packed, Packing
-from .plan import Block, BlockPlan
+from .plan import Block, BlockPlan, PlanShard
 
 __version__: str = _native.version
 
@@ -37,6 +37,7 @@ __all__ = [
     "BlockPlan",
     "Packed",
     "Packing",
+    "PlanShard",
     "__version__",
     "apply_",
     "basis",

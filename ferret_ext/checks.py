@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .packing import Packed
-from .plan import BlockPlan
+from .plan import AnyPlan, BlockPlan, PlanShard
 
 KINDS = {"rademacher": 1, "uniform": 2, "gaussian": 3}  # of docs/streams.md
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,7 +110,7 @@ def coordinates(op: str, name: str, value: Any) -> Tensor:
     return gamma
 
 
-def update(op: str, i: int, value: Any, plan: BlockPlan) -> tuple[int, Tensor | Packed, float]:
+def update(op: str, i: int, value: Any, plan: AnyPlan) -> tuple[int, Tensor | Packed, float]:
     """Update i as (seed, gammas, weight), its gammas fitting the plan."""
     if not isinstance(value, (tuple, list)) or len(value) != 3:
         raise TypeError(f"{op}: update {i} must be (seed, gammas, weight), got {type(value).__name__}")
@@ -124,7 +124,7 @@ def update(op: str, i: int, value: Any, plan: BlockPlan) -> tuple[int, Tensor | 
     return seed(op, first, f"seed of update {i}"), gammas, number(op, f"weight of update {i}", last)
 
 
-def packed(op: str, name: str, plan: BlockPlan, value: Any) -> Packed:
+def packed(op: str, name: str, plan: AnyPlan, value: Any) -> Packed:
     """Packed coordinates of the plan's blocks."""
     if not isinstance(value, Packed):
         raise TypeError(f"{op}: {name} must be Packed, got {type(value).__name__}")
@@ -161,8 +161,8 @@ def one_device(op: str, tensors: Mapping[str, Tensor]) -> None:
 
 def plan_tensors(op: str, plan: Any, name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """The plan's tensors in its order, under the names that errors call them."""
-    if not isinstance(plan, BlockPlan):
-        raise TypeError(f"{op}: plan must be a BlockPlan, got {type(plan).__name__}")
+    if not isinstance(plan, (BlockPlan, PlanShard)):
+        raise TypeError(f"{op}: plan must be a BlockPlan, or a shard of one, got {type(plan).__name__}")
     if len(tensors) != len(plan.tensors):
         raise ValueError(f"{op}: {name} must be the plan's {len(plan.tensors)} tensors, got {len(tensors)}")
     named = {}

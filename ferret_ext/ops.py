@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _native, checks
 from .packing import Packed, Packing
-from .plan import BlockPlan
+from .plan import AnyPlan, BlockPlan
 
 Basis = Literal["rademacher", "uniform", "gaussian"]
 Shape = int | Sequence[int]
@@ -168,7 +168,7 @@ def basis(
 
 
 def project_difference(
-    plan: BlockPlan,
+    plan: AnyPlan,
     old: Iterable[Tensor],
     new: Iterable[Tensor],
     seed: int,
@@ -177,6 +177,8 @@ def project_difference(
 ) -> Tensor:
     """The coordinates of old - new for every block of a plan; the difference is never materialised.
 
+    plan: a BlockPlan, or `plan.shard(..)` where a part of each tensor is at hand; coordinates of all parts
+        add up to the whole's, to rounding.
     old, new: the plan's tensors in its order, on one device; dtypes may differ.
 
     Returns the flat gammas [plan.K], float32, or float64 if any tensor is; `plan.split` gives them by block.
@@ -233,7 +235,7 @@ def unpack(plan: BlockPlan, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def apply_(
-    plan: BlockPlan,
+    plan: AnyPlan,
     params: Iterable[Tensor],
     updates: Iterable[tuple[int, Tensor | Packed, float]],
     alpha: float,
@@ -242,6 +244,7 @@ def apply_(
 ) -> None:
     """params += alpha sum_i weight_i V_i gamma_i, each parameter read and written once for all updates.
 
+    plan: a BlockPlan, or `plan.shard(..)`: parts get the bits that they have in the whole.
     params: the plan's tensors in its order, on one device with the gammas.
     updates: (seed, gammas [plan.K], weight) of each client, the gammas as tensors, or all of them packed
         alike, which without a choice gives the same bits as the floats they stand for.

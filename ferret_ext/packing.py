@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .plan import BlockPlan
+from .plan import AnyPlan, BlockPlan, PlanShard
+
+P = TypeVar("P", BlockPlan, PlanShard, AnyPlan)
 
 LEVEL_BITS = (1, 2, 4, 8)
 MAX_CHOICE = 16
@@ -45,7 +48,7 @@ class Packing:
         """Bytes of so many codes, which stand one after the other without gaps."""
         return (count * self.width + 7) // 8
 
-    def candidates(self, plan: BlockPlan) -> BlockPlan:
+    def candidates(self, plan: P) -> P:
         """The plan to project with: 2^choice columns for each coordinate that is sent."""
         if self.choice == 0:
             return plan

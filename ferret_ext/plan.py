@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .allocation import Allocation, allocate, check_int
+
 Granularity = Literal["tensor", "packed"]
-Allocation = Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"]
 
 TILE = 512  # stream elements that share a scale in project; blocks start at multiples of it
 PACKING_TARGET = 0.9  # "packed" fills a block up to this share of the parameters' median size
@@ -123,7 +124,7 @@ class BlockPlan:
             )
         spans = _cut(tensors, granularity)
         numels = [numel for _, numel in spans]
-        counts = _allocate(numels, K, allocation, norms)
+        counts = allocate(numels, K, allocation, norms)
         blocks = map(Block, [name for name, _ in spans], _tile_aligned_offsets(numels), numels, counts)
         return cls(tensors, tuple(blocks))
 
@@ -141,7 +142,7 @@ class BlockPlan:
         Raises ValueError if K is below the number of blocks, or a norm is missing, negative or not finite.
         """
         numels = [block.numel for block in self.blocks]
-        return self.with_counts(_allocate(numels, self.K if K is None else K, allocation, norms))
+        return self.with_counts(allocate(numels, self.K if K is None else K, allocation, norms))
 
     def with_counts(self, counts: Sequence[int]) -> BlockPlan:
         """The same blocks with these K_l >= 1, one a block; ValueError for others."""
@@ -160,7 +161,7 @@ class BlockPlan:
                 f"BlockPlan.select: expected a tensor for every name of the plan, {missing[0]!r} is missing"
             )
         selected = [by_name[name] for name, _ in self.tensors]
-        self._check_lengths("select", selected)
+        _check_lengths("select", self.tensors, selected)
         return selected
 
     def split(self, gammas: Tensor) -> list[Tensor]:
@@ -171,14 +172,20 @@ class BlockPlan:
 
     def block_norms(self, tensors: Sequence[Tensor]) -> list[float]:
         """The Euclidean norm of each block, in float64; tensors in the plan's order, of any float dtype."""
-        self._check_lengths("block_norms", tensors)
-        return self._norms([tensor.detach().reshape(-1) for tensor in tensors], None)
+        _check_lengths("block_norms", self.tensors, tensors)
+        return _norms(self, [tensor.detach().reshape(-1) for tensor in tensors], None)
 
     def block_norms_of_difference(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[float]:
         """The norm of each block of old - new, which is never held as a whole."""
-        self._check_lengths("block_norms_of_difference", old)
-        self._check_lengths("block_norms_of_difference", new)
-        return self._norms(*([tensor.detach().reshape(-1) for tensor in tensors] for tensors in (old, new)))
+        return _norms_of_difference(self, old, new)
+
+    def shard(self, ranges: Iterable[tuple[int, int]]) -> PlanShard:
+        """The plan as a process sees it that holds a part of each tensor.
+
+        ranges: (start, stop) of each tensor's part, in elements of the flattened tensor; start = stop for
+        none. A row shard of a contiguous tensor is such a part (`fsdp.ranges`). Raises ValueError.
+        """
+        return PlanShard(self, tuple((start, stop) for start, stop in ranges))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain lists, dicts, strings and ints, ready for JSON."""
@@ -202,25 +209,101 @@ class BlockPlan:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _check_lengths(self, where: str, tensors: Sequence[Tensor]) -> None:
-        if len(tensors) != len(self.tensors):
-            raise ValueError(f"BlockPlan.{where}: expected {len(self.tensors)} tensors, got {len(tensors)}")
-        for (name, numel), tensor in zip(self.tensors, tensors, strict=True):
-            if tensor.numel() != numel:
-                raise ValueError(
-                    f"BlockPlan.{where}: {name!r} must have {numel} elements, got {tensor.numel()}"
-                )
 
-    def _norms(self, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> list[float]:
-        parts: list[list[float]] = [[] for _ in self.blocks]
-        for tensor, start, length, _, block in self.pieces_table.tolist():
-            for begin in range(start, start + length, _NORM_CHUNK):
-                run = slice(begin, min(begin + _NORM_CHUNK, start + length))
-                values = tensors[tensor][run].double()
-                if minus is not None:
-                    values = values - minus[tensor][run].double()
-                parts[block].append(torch.linalg.vector_norm(values).item())
-        return [math.hypot(*norms) for norms in parts]
+@dataclass(frozen=True)
+class PlanShard:
+    """A part of every tensor of a plan, for `project_difference` and `apply_` in place of the whole.
+
+    Blocks, bases and coordinates are the plan's: the coordinates of all parts add up to the whole's, and what
+    is applied to a part is that part of what is applied to the whole, bit for bit. Tensors are the parts, of
+    stop - start elements each, none left out.
+    Raises ValueError for a range that is not within its tensor.
+    """
+
+    plan: BlockPlan
+    ranges: tuple[tuple[int, int], ...]
+    tensors: tuple[tuple[str, int], ...] = field(init=False, repr=False, compare=False)
+    _pieces_table: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self.ranges, self.plan.tensors)
+        pairs = zip(self.plan.tensors, self.ranges, strict=True)
+        tensors = tuple((name, stop - start) for (name, _), (start, stop) in pairs)
+        object.__setattr__(self, "tensors", tensors)  # the class is frozen
+        object.__setattr__(self, "_pieces_table", _cut_to(self.plan.pieces_table, self.ranges))
+
+    @property
+    def K(self) -> int:
+        return self.plan.K
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.plan.blocks
+
+    @property
+    def blocks_table(self) -> Tensor:
+        """That of the plan: a block's length is the whole's."""
+        return self.plan.blocks_table
+
+    @property
+    def pieces_table(self) -> Tensor:
+        """A copy of int64 [P, 5] as `BlockPlan.pieces_table` has it; `start` counts within the part."""
+        return self._pieces_table.clone()
+
+    def with_counts(self, counts: Sequence[int]) -> PlanShard:
+        """The same parts with these K_l >= 1, one a block."""
+        return PlanShard(self.plan.with_counts(counts), self.ranges)
+
+    def block_norms_of_difference(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[float]:
+        """The norm of what is here of each block of old - new."""
+        return _norms_of_difference(self, old, new)
+
+
+AnyPlan = BlockPlan | PlanShard
+
+
+def _check_lengths(where: str, expected: Sequence[tuple[str, int]], tensors: Sequence[Tensor]) -> None:
+    if len(tensors) != len(expected):
+        raise ValueError(f"BlockPlan.{where}: expected {len(expected)} tensors, got {len(tensors)}")
+    for (name, numel), tensor in zip(expected, tensors, strict=True):
+        if tensor.numel() != numel:
+            raise ValueError(f"BlockPlan.{where}: {name!r} must have {numel} elements, got {tensor.numel()}")
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int]], tensors: Sequence[tuple[str, int]]) -> None:
+    if len(ranges) != len(tensors):
+        raise ValueError(f"BlockPlan.shard: expected {len(tensors)} ranges, one a tensor, got {len(ranges)}")
+    for (name, numel), (start, stop) in zip(tensors, ranges, strict=True):
+        check_int(f"BlockPlan.shard: start of {name!r}", start, 0, numel)
+        check_int(f"BlockPlan.shard: stop of {name!r}", stop, start, numel)
+
+
+def _cut_to(pieces: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """The pieces as far as they lie within their tensor's range, counted from its start."""
+    starts, stops = torch.tensor(ranges, dtype=torch.int64)[pieces[:, 0]].unbind(1)
+    tensor, start, length, offset, block = pieces.unbind(1)
+    first, last = torch.maximum(start, starts), torch.minimum(start + length, stops)
+    cut = torch.stack([tensor, first - starts, last - first, offset + first - start, block], dim=1)
+    return cut[last > first].contiguous()
+
+
+def _norms_of_difference(plan: AnyPlan, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[float]:
+    for tensors in (old, new):
+        _check_lengths("block_norms_of_difference", plan.tensors, tensors)
+    flat = ([tensor.detach().reshape(-1) for tensor in tensors] for tensors in (old, new))
+    return _norms(plan, *flat)
+
+
+def _norms(plan: AnyPlan, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> list[float]:
+    parts: list[list[float]] = [[] for _ in plan.blocks]
+    for tensor, start, length, _, block in plan.pieces_table.tolist():
+        for begin in range(start, start + length, _NORM_CHUNK):
+            run = slice(begin, min(begin + _NORM_CHUNK, start + length))
+            values = tensors[tensor][run].double()
+            if minus is not None:
+                values = values - minus[tensor][run].double()
+            parts[block].append(torch.linalg.vector_norm(values).item())
+    return [math.hypot(*norms) for norms in parts]
 
 
 def _trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -268,81 +351,6 @@ def _tile_aligned_offsets(numels: Sequence[int]) -> list[int]:
     return list(accumulate((-(-numel // TILE) * TILE for numel in numels[:-1]), initial=0))
 
 
-def _allocate(
-    numels: Sequence[int], K: int, allocation: Allocation, norms: Sequence[float] | None
-) -> list[int]:
-    """K_l of each block."""
-    K = _check_int("BlockPlan: K", K, 1, 2**63 - 1)
-    if len(numels) > K:
-        raise ValueError(
-            f"BlockPlan: K must be at least the number of blocks, got K = {K} for {len(numels)} blocks; "
-            "raise K or use a coarser granularity"
-        )
-    return _share_out(K, _weights(numels, allocation, norms))
-
-
-def _weights(numels: Sequence[int], allocation: Allocation, norms: Sequence[float] | None) -> list[int]:
-    """What K_l is proportional to, as integers, so that sharing out is exact and the same everywhere."""
-    if allocation not in get_args(Allocation):
-        raise ValueError(
-            f"BlockPlan: allocation must be one of {', '.join(get_args(Allocation))}, got {allocation!r}"
-        )
-    if allocation == "size":
-        return list(numels)
-    if allocation == "sqrt-size":  # as exact integers
-        return [math.isqrt(numel << 64) for numel in numels]
-    if allocation == "equal":
-        return [1] * len(numels)
-    values = _checked_norms(norms, len(numels), allocation)
-    largest = max(values)
-    if largest == 0:  # nothing to tell the blocks apart by
-        return [1] * len(numels)
-    relative = [value / largest for value in values]
-    if allocation == "sqrt-norm":
-        relative = [math.sqrt(norm) for norm in relative]
-    elif allocation == "mse":
-        relative = [norm * math.sqrt(numel) for norm, numel in zip(relative, numels, strict=True)]
-    elif allocation == "curvature":
-        roots = [math.sqrt(math.sqrt(numel)) for numel in numels]
-        relative = [norm * math.sqrt(norm) * root for norm, root in zip(relative, roots, strict=True)]
-    return [round(weight * 2**60) for weight in relative]
-
-
-def _checked_norms(norms: Sequence[float] | None, count: int, allocation: str) -> list[float]:
-    if norms is None or len(norms) != count:
-        got = "none" if norms is None else str(len(norms))
-        raise ValueError(
-            f'BlockPlan: allocation "{allocation}" needs norms, one a block: expected {count}, got {got}'
-        )
-    values = [float(norm) for norm in norms]
-    for index, value in enumerate(values):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"BlockPlan: norms must be finite and >= 0, got {value} for block {index}")
-    return values
-
-
-def _share_out(K: int, weights: Sequence[int]) -> list[int]:
-    """K as integers >= 1 in proportion to the weights: largest remainders, ties to the earlier block.
-
-    Blocks whose share is below 1 get 1, and the others share what is left.
-    """
-    shares = [1] * len(weights)
-    left, others = K, list(range(len(weights)))
-    while True:
-        total = sum(weights[i] for i in others)
-        small = {i for i in others if weights[i] * left < total}
-        if not small:
-            break
-        left -= len(small)
-        others = [i for i in others if i not in small]
-    for i in others:
-        shares[i] = weights[i] * left // total
-    spare = K - sum(shares)
-    for i in sorted(others, key=lambda i: -(weights[i] * left % total))[:spare]:
-        shares[i] += 1
-    return shares
-
-
 def _pieces(
     tensors: Sequence[tuple[str, int]], blocks: Sequence[Block]
 ) -> Iterator[tuple[int, int, int, int, int]]:
@@ -364,7 +372,7 @@ def _check_tensors(tensors: Sequence[tuple[str, int]]) -> None:
         raise ValueError("BlockPlan: expected at least one tensor, got none")
     for name, numel in tensors:
         _check_name("tensor", name)
-        _check_int(f"BlockPlan: numel of tensor {name!r}", numel, 1, 2**63 - 1)
+        check_int(f"BlockPlan: numel of tensor {name!r}", numel, 1, 2**63 - 1)
     if len({name for name, _ in tensors}) != len(tensors):
         names = [name for name, _ in tensors]
         raise ValueError(
@@ -376,9 +384,9 @@ def _check_blocks(blocks: Sequence[Block]) -> None:
     end = 0
     for block in blocks:
         _check_name("block", block.name)
-        _check_int(f"BlockPlan: offset of block {block.name!r}", block.offset, 0, 2**63 - 1)
-        _check_int(f"BlockPlan: numel of block {block.name!r}", block.numel, 1, 2**63 - 1 - block.offset)
-        _check_int(f"BlockPlan: k of block {block.name!r}", block.k, 1, 2**32 - 1)
+        check_int(f"BlockPlan: offset of block {block.name!r}", block.offset, 0, 2**63 - 1)
+        check_int(f"BlockPlan: numel of block {block.name!r}", block.numel, 1, 2**63 - 1 - block.offset)
+        check_int(f"BlockPlan: k of block {block.name!r}", block.k, 1, 2**32 - 1)
         if block.offset % TILE or block.offset < end:
             raise ValueError(
                 f"BlockPlan: block {block.name!r} must start at a multiple of {TILE} and not before {end}, "
@@ -390,12 +398,6 @@ def _check_blocks(blocks: Sequence[Block]) -> None:
 def _check_name(kind: str, name: object) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"BlockPlan: name of a {kind} must be a non-empty str, got {name!r}")
-
-
-def _check_int(what: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        raise ValueError(f"{what} must be an int in [{low}, {high}], got {value!r}")
-    return int(value)
 
 
 def _rows(data: Mapping[str, Any], key: str, width: int) -> list[Sequence[Any]]:

@@ -24,6 +24,7 @@ LARGEST_FRAME = 2**32 - 1  # bytes
 PIECE = 1 << 20  # bytes that are asked of a socket at once
 LONGEST_PATH = 107  # bytes of a socket's path, as Linux has it
 _LENGTH = struct.Struct("<I")
+PREFIX = _LENGTH.size  # bytes of a length
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 

@@ -87,6 +87,11 @@ def test_only_ops_names_the_native_operators(path: Path) -> None:
     assert "ops.ferret" not in path.read_text()
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name != "fsdp.py"], ids=relative)
+def test_only_fsdp_knows_distributed_tensors(path: Path) -> None:
+    assert not imports_any(path, "torch.distributed.tensor")
+
+
 def test_plan_does_not_know_the_operators() -> None:
     assert not imports_any(PACKAGE / "plan.py", "ferret_ext.ops", "ferret_ext._native")
 

@@ -51,24 +51,35 @@ class LocalTrainer:
         if not examples:
             raise LocalFailure("it holds no examples")
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(params, self.config)
+        optimizer = make_optimizer(self._held(params), self.config)
         if client in self.states:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.states.pop(client)})
         _prepare(model, self.config)
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(self._draws(seed))
             batches_of = steps(len(examples), self.config, seed)
             losses = [
                 self._step(model, params, optimizer, [[examples[i] for i in batch] for batch in batches])
                 for batches in progress.each("local", batches_of, count_steps(len(examples), self.config))
             ]
         optimizer.zero_grad(set_to_none=True)
-        if not all(param.isfinite().all() for param in params):
-            raise DivergedError(_DIVERGED)
+        if not self._all_finite(params):
+            raise DivergedError(DIVERGED)
         if self.config.keep_state:
             self.states[client] = _on_cpu(optimizer.state_dict()["state"])
         batches_done = sum(len(of_step) for of_step in losses)
         return math.fsum(loss for of_step in losses for loss in of_step) / batches_done
+
+    def _held(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        """What the optimiser changes in this process."""
+        return params
+
+    def _draws(self, seed: int) -> int:
+        """The seed of dropout."""
+        return seed
+
+    def _all_finite(self, params: list[nn.Parameter]) -> bool:
+        return all(param.isfinite().all() for param in params)
 
     def _step(
         self, model: Any, params: list[nn.Parameter], optimizer: Any, batches: Sequence[Sequence[Example]]
@@ -81,14 +92,14 @@ class LocalTrainer:
             (loss / len(batches)).backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise DivergedError(_DIVERGED)
+                raise DivergedError(DIVERGED)
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(params, self.config.max_grad_norm)
         optimizer.step()
         return losses
 
 
-_DIVERGED = "training diverged, loss or weights are not finite; lower training.learning_rate"
+DIVERGED = "training diverged, loss or weights are not finite; lower training.learning_rate"
 
 
 def make_optimizer(params: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ scale.
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 import ferret_ext
-from ferret_ext import BlockPlan, Packed, Packing
+from ferret_ext import BlockPlan, Packed, Packing, PlanShard
 from ferret_ext.federated.config import Coordinates
 from ferret_ext.federated.wire import Message, Value, WireError
+from ferret_ext.plan import AnyPlan
 
+P = TypeVar("P", BlockPlan, PlanShard, AnyPlan)
 KINDS: tuple[Coordinates, ...] = get_args(Coordinates)
 PACKINGS: dict[str, Packing] = {
     **{f"int{bits}": Packing(bits) for bits in (8, 4, 2, 1)},
@@ -44,7 +46,7 @@ def names(kind: Coordinates) -> list[str]:
     return ["gammas"] if kind == "float32" else ["gammas", "scales"]
 
 
-def candidates(plan: BlockPlan, kind: Coordinates) -> BlockPlan:
+def candidates(plan: P, kind: Coordinates) -> P:
     """The plan that updates are projected with, of which `write` keeps `plan.K` coordinates.
 
     Raises ValueError for more than 2^32 - 1 columns in a block.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -41,11 +42,14 @@ SERVE_EXAMPLES = """examples:
 """
 JOIN_EXAMPLES = """examples:
   ferret join 127.0.0.1:9092 --clients 0,1 --share model=builtin:tiny-llama data=builtin:gsm8k
+  ferret join server.example:9092 --clients 3 --nproc-per-node 4 model=MODEL data=mine.jsonl
   ferret join server.example:9092 --clients 3 --root-certificates ca.crt \\
       --auth-supernode-private-key node.key model=MODEL data=mine.jsonl
 """
 WORKER_EXAMPLES = """examples:
   ferret worker /run/user/1000/ferret/0 --client 0 model=MODEL data=mine.jsonl
+  torchrun --standalone --nproc-per-node 4 -m ferret_ext.federated worker /run/user/1000/ferret/0 \\
+      --client 0 model=MODEL data=mine.jsonl
 """
 INIT_EXAMPLES = """examples:
   ferret flower-init app/ --preset demo --out runs/flower --num-clients 2
@@ -162,6 +166,13 @@ def join_parser() -> argparse.ArgumentParser:
         default=[],
         help="by which the server knows the node, one for each client",
     )
+    parser.add_argument(
+        "--nproc-per-node",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="processes that are one client together, each with a GPU and a part of the model; default 1",
+    )
     parser.add_argument("--logs", metavar="FOLDER", type=Path, help="what the SuperNodes say")
     _add_party(parser)
     return parser
@@ -178,6 +189,12 @@ def _add_party(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
 def run_join(options: argparse.Namespace) -> int:
     """Workers and SuperNodes, until it is interrupted."""
     from ferret_ext.federated.doctor import parse_address
@@ -187,6 +204,7 @@ def run_join(options: argparse.Namespace) -> int:
     _interrupt_when_told_to_end()
     parse_address(options.server)
     check_own(_own(options))
+    _check_devices(options)
     keys = options.auth_supernode_private_key or [None] * len(options.clients)
     if len(keys) != len(options.clients):
         raise ConfigError(
@@ -207,10 +225,20 @@ def run_join(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_devices(options: argparse.Namespace) -> None:
+    """Raises ConfigError where several processes have no device each, which torchrun would not tell apart."""
+    if options.nproc_per_node > 1:
+        from ferret_ext.federated.ranks import own_device
+
+        own_device(_device(options), 0, options.nproc_per_node)
+
+
 def _worker_command(options: argparse.Namespace, client: int, path: Path) -> list[str]:
     share = ["--share"] if options.share else []
-    command = [sys.executable, "-m", "ferret_ext.federated", "worker", str(path), "--client", str(client)]
-    return [*command, *share, *options.overrides]
+    command = ["-m", "ferret_ext.federated", "worker", str(path), "--client", str(client)]
+    if (count := options.nproc_per_node) > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *command]
+    return [sys.executable, *command, *share, *options.overrides]
 
 
 @dataclass(frozen=True)
@@ -266,7 +294,7 @@ def worker_parser() -> argparse.ArgumentParser:
         "worker",
         "Keeps a client's model, data, optimiser and place in the run, and answers calls at a Unix domain "
         "socket that nobody but its user can reach. The run's settings come from the server. ferret join "
-        "starts one by itself.",
+        "starts one by itself. Processes that torchrun starts are one worker, each with a part of the model.",
         WORKER_EXAMPLES,
     )
     parser.add_argument(
@@ -278,7 +306,7 @@ def worker_parser() -> argparse.ArgumentParser:
 
 
 def run_worker(options: argparse.Namespace) -> int:
-    """One worker, until it is interrupted."""
+    """One worker, or one process of those that are one together, until it is interrupted."""
     from ferret_ext.federated.console import Lines
     from ferret_ext.federated.worker.serving import serve
     from ferret_ext.federated.worker.worker import Worker
@@ -291,13 +319,23 @@ def run_worker(options: argparse.Namespace) -> int:
     def say(text: str) -> None:
         lines.say(f"client {options.client}: {text}")
 
-    worker = Worker(options.client, _own(options), say, share=options.share)
-    serve(worker, options.socket.expanduser().absolute())
+    path = options.socket.expanduser().absolute()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ferret_ext.federated.worker import team
+
+        team.run(path, options.client, _own(options), _device(options), say, share=options.share)
+    else:
+        serve(Worker(options.client, _own(options), say, share=options.share), path)
     return 0
 
 
 def _own(options: argparse.Namespace) -> list[Setting]:
     return [read_override(text) for text in options.overrides]
+
+
+def _device(options: argparse.Namespace) -> str:
+    """The device that this party sets for itself."""
+    return str(dict(_own(options)).get("device", "auto"))
 
 
 # ---- flower-init ----

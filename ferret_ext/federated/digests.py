@@ -20,6 +20,20 @@ def of_each(tensors: Sequence[Tensor]) -> list[bytes]:
     return [xxhash.xxh3_64(_bytes_of(tensor)).digest() for tensor in tensors]
 
 
+def of_each_cut(params: Sequence[Tensor]) -> list[bytes]:
+    """The same of parameters that FSDP2 has cut, on every rank; of so many parameters as there are ranks each
+    hashes one."""
+    from ferret_ext import fsdp
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    table = torch.zeros(len(params), 8, dtype=torch.uint8)
+    for index, tensor in enumerate(fsdp.whole(params)):
+        if index % size == rank:
+            table[index] = torch.frombuffer(bytearray(of_each([tensor])[0]), dtype=torch.uint8)
+    rows = fsdp.total(table.to(params[0].device), params)  # a row is one rank's, and 0 on the others
+    return [bytes(row) for row in rows.tolist()]
+
+
 def together(digests: Iterable[bytes]) -> bytes:
     """8 bytes that stand for all of the digests in their order."""
     return xxhash.xxh3_64(b"".join(digests)).digest()

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,9 @@ from ferret_ext.federated.metrics import RoundMetrics
 from ferret_ext.federated.rounds import Exchange, Journal, NoJournal, Watcher, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
+
+if TYPE_CHECKING:
+    from ferret_ext.federated.ranks import Ranks
 
 # Of this machine, or of how messages are carried and kept: no part of what a run is.
 NOT_IN_LEDGER = (*FREE_SETTINGS, "ledger", "allow_pickle")
@@ -75,15 +78,23 @@ class Start:
     genesis: Genesis
 
 
-def begin(config: SimulationConfig, settings: str | None = None) -> Start:
+def begin(config: SimulationConfig, settings: str | None = None, ranks: Ranks | None = None) -> Start:
     """Loads the model and makes the algorithm. settings: those of the run as its ledger has them, where they
-    come from elsewhere. Raises ConfigError."""
+    come from elsewhere. ranks: the processes that the model is cut over. Raises ConfigError."""
     config = accounting.resolve(adapters.resolve(config))
-    device, seed = models.pick_device(config.device), derive(config.seed, "model")
-    model, tokenizer = models.load(config.model, config.dtype, device, seed, allow_pickle=config.allow_pickle)
-    model_bytes = models.trainable_bytes(model)
-    model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
-    trainer = LocalTrainer(config.training, tokenizer.pad_token_id)
+    if ranks:
+        ranks.check(config)
+    device, seed = models.pick_device("cpu" if ranks else config.device), derive(config.seed, "model")
+    with ranks.turn() if ranks else nullcontext():
+        model, tokenizer = models.load(
+            config.model, config.dtype, device, seed, allow_pickle=config.allow_pickle
+        )
+        model_bytes = models.trainable_bytes(model)
+        model = adapters.attach(model, config.adapter, derive(config.seed, "adapter"))
+        genesis = Genesis(digests.of_model(model), settings or ledger_text(config))
+        if ranks:
+            ranks.cut(model)
+    trainer = (ranks.trainer if ranks else LocalTrainer)(config.training, tokenizer.pad_token_id)
     return Start(
         config,
         model,
@@ -92,7 +103,7 @@ def begin(config: SimulationConfig, settings: str | None = None) -> Start:
         models.max_length(model, config.dataset.max_length),
         trainer,
         algorithms.create(config, trainer),
-        Genesis(digests.of_model(model), settings or ledger_text(config)),
+        genesis,
     )
 
 

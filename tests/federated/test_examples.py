@@ -106,6 +106,14 @@ def test_clients_learn_together_what_none_could_alone() -> None:
     assert shares[-1] > 85
 
 
+def test_processes_with_a_part_of_the_model_do_as_one_does() -> None:
+    assert output("06").count("the same bits") == 3
+    found = re.findall(r"coordinates, (\S+) off .*; loss (\S+)", output("06"))
+    assert all(float(off) < 1e-5 for off, _ in found)
+    losses = [float(loss) for _, loss in found]
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_a_ledger_gives_the_runs_weights() -> None:
     assert "the run's weights to the bit" in output("07")
     kept, model = numbers(output("07"), r"rebuilt from ([\d,]+) bytes, where the model has ([\d,]+)")

@@ -14,18 +14,23 @@ from typing import Any
 import torch
 
 from ferret_ext.federated import config as configuration
+from ferret_ext.federated import run
+from ferret_ext.federated.admission import Sent
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.data.holdings import Holdings
 from ferret_ext.federated.engines.flower.link import serve
 from ferret_ext.federated.engines.in_process import simulate
 from ferret_ext.federated.engines.remote import Link
+from ferret_ext.federated.journal import Genesis
 from ferret_ext.federated.metrics import Rejection, RoundMetrics
 from ferret_ext.federated.report import RunFolder
 from ferret_ext.federated.run import Result
+from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import Setting, read_override
 from ferret_ext.federated.worker import calls
-from ferret_ext.federated.worker.calls import Frame
+from ferret_ext.federated.worker.calls import Frame, Train
 from ferret_ext.federated.worker.worker import Worker
+from ferret_link import frames
 
 MODEL = "builtin:tiny-llama"
 RUN = [
@@ -60,6 +65,38 @@ def own(*more: str) -> list[Setting]:
 
 def worker(client: int, *more: str, share: bool = True) -> Worker:
     return Worker(client, own(*more), lambda _: None, share=share)
+
+
+MORE = ("num_clients=1", "client_fraction=1", "training.keep_state=true", "training.momentum=0.9")
+
+
+class Leader:
+    """A server that asks one worker."""
+
+    def __init__(self, *more: str) -> None:
+        start = run.begin(settings(Path("nowhere"), *MORE, *more))
+        self.genesis: Genesis = start.genesis
+        self.server: Server[Any] = Server(start.algorithm, start.model, [0], 1.0, 0, run=self.genesis.run)
+
+    def call(self, since: int = 0, **changes: Any) -> Frame:
+        """The next round's call to a client that has seen so many broadcasts."""
+        told = (self.genesis.config, self.genesis.base) if since == 0 else ()
+        broadcasts = self.server.broadcasts_since(since)
+        call = Train(self.genesis.run, len(self.server.broadcasts), 0, since, broadcasts, *told)
+        return {**call.frame(), **changes}
+
+    def take(self, answer: Frame) -> None:
+        assert answer["kind"] == "reply", answer
+        _, rejected = self.server.apply([0], [Sent(0, answer["payload"])])
+        assert not rejected
+
+
+def ask(path: Path, call: Frame, timeout: float = 60) -> Frame:
+    with frames.connect(path, timeout) as connection:
+        frames.send(connection, call)
+        answer = frames.receive(connection)
+    assert answer is not None
+    return answer
 
 
 class Party:

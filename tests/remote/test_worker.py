@@ -13,44 +13,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parties import own, settings, worker
+from parties import Leader, ask, own, worker
 
 from ferret_ext.federated import client, run, wire
 from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.client import LocalTrainer
-from ferret_ext.federated.journal import Genesis
-from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.worker import calls
 from ferret_ext.federated.worker.calls import Frame, Train
 from ferret_ext.federated.worker.serving import serve
 from ferret_ext.federated.worker.worker import Worker, check_own, party_config
 from ferret_link import frames
-
-MORE = ("num_clients=1", "client_fraction=1", "training.keep_state=true", "training.momentum=0.9")
-
-
-class Leader:
-    """A server that asks one worker."""
-
-    def __init__(self, *more: str) -> None:
-        start = run.begin(settings(Path("nowhere"), *MORE, *more))
-        self.genesis: Genesis = start.genesis
-        self.server: Server[Any] = Server(start.algorithm, start.model, [0], 1.0, 0, run=self.genesis.run)
-
-    def call(self, since: int = 0, **changes: Any) -> Frame:
-        """The next round's call to a client that has seen so many broadcasts."""
-        told = (self.genesis.config, self.genesis.base) if since == 0 else ()
-        broadcasts = self.server.broadcasts_since(since)
-        call = Train(self.genesis.run, len(self.server.broadcasts), 0, since, broadcasts, *told)
-        return {**call.frame(), **changes}
-
-    def take(self, answer: Frame) -> None:
-        from ferret_ext.federated.admission import Sent
-
-        assert answer["kind"] == "reply", answer
-        _, rejected = self.server.apply([0], [Sent(0, answer["payload"])])
-        assert not rejected
 
 
 @pytest.fixture
@@ -282,14 +255,6 @@ def served(tmp_path: Path) -> tuple[Path, Worker]:
     while not path.exists() and time.monotonic() < limit:
         time.sleep(0.01)
     return path, party
-
-
-def ask(path: Path, call: Frame) -> Frame:
-    with frames.connect(path, timeout=60) as connection:
-        frames.send(connection, call)
-        answer = frames.receive(connection)
-    assert answer is not None
-    return answer
 
 
 def test_rounds_over_the_socket(served: tuple[Path, Worker], leader: Leader) -> None:

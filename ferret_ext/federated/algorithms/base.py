@@ -44,6 +44,7 @@ class Replica:
     params: the trainable parameters, changed in place. start: a client's copy of them as its round began.
     run: names the run; a client learns it from round 0's broadcast. weights: the digest of the parameters
     after `round`, zeros where nobody compares them. marked: the round whose parameters are the start.
+    cut: the parameters where FSDP2 has cut them over several ranks, and `params` are this one's parts.
     """
 
     model: Any
@@ -53,6 +54,14 @@ class Replica:
     run: bytes = wire.NO_DIGEST
     weights: bytes = wire.NO_DIGEST
     marked: int = -1
+    cut: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from ferret_ext import fsdp  # takes a second to import
+
+            if any(map(fsdp.is_cut, self.params)):
+                self.cut, self.params = self.params, fsdp.local(self.params)
 
     @property
     def digest(self) -> bytes:
@@ -60,6 +69,10 @@ class Replica:
         named = trainable(self.model).items()
         text = "".join(f"{name} {list(param.shape)} {param.dtype}\n" for name, param in named)
         return hashlib.sha256(text.encode()).digest()[: wire.DIGEST_BYTES]
+
+    def digests(self) -> list[bytes]:
+        """Of each parameter as a whole."""
+        return digests.of_each_cut(self.cut) if self.cut else digests.of_each(self.params)
 
     @torch.no_grad()
     def mark(self) -> None:
@@ -289,7 +302,7 @@ class Algorithm(ABC, Generic[R]):
         )
 
     def _compare_weights(self, replica: R, expected: bytes) -> None:
-        each = digests.of_each(replica.params)
+        each = replica.digests()
         replica.weights = digests.together(each)
         if replica.weights != expected:
             raise DisagreementError(

@@ -107,13 +107,8 @@ class Projecting(Algorithm[P]):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         with watch("project"):
             plan, kind = replica.plan, self.config.chosen_coordinates
-            gammas = ferret_ext.project_difference(
-                coordinates.candidates(plan, kind),
-                replica.start,
-                replica.params,
-                seed,
-                basis=self.config.chosen_basis,
-            )
+            columns = coordinates.candidates(replica.part, kind)
+            gammas = replica.project(columns, seed, self.config.chosen_basis)
             if self.privacy is not None:
                 (gammas,) = self.privacy.protect([gammas], data.round, data.client)
                 loss = math.nan  # it would tell of the client's records
@@ -124,13 +119,6 @@ class Projecting(Algorithm[P]):
         """The server's step in a round."""
         warmup = max(1, self.config.server_warmup)
         return self.server_learning_rate * min(1.0, round_ / warmup)
-
-    def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
-        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
-        device = replica.params[0].device
-        moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
-        with torch.no_grad():
-            ferret_ext.apply_(replica.plan, replica.params, moved, -step, basis=self.config.chosen_basis)
 
     @abstractmethod
     def relayed(self, replica: P, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
@@ -171,7 +159,7 @@ class Ferret(Projecting[PlanReplica]):
         seeds = [update.seed("seed") for update in updates.messages]
         gammas = [self.gammas(replica, update) for update in updates.messages]
         terms = list(zip(seeds, gammas, updates.shares, strict=True))
-        self.walk(replica, terms, broadcast.value("step", float))
+        replica.walk(terms, broadcast.value("step", float), self.config.chosen_basis)
         self.allocate(replica, broadcast)
 
     def relayed(self, replica: PlanReplica, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
@@ -261,7 +249,8 @@ class SharedFerret(Projecting[SharedReplica]):
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
         step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")
-        self.walk(replica, [(replica.next_seed, torch.from_numpy(gammas.copy()), 1.0)], step)
+        terms = [(replica.next_seed, torch.from_numpy(gammas.copy()), 1.0)]
+        replica.walk(terms, step, self.config.chosen_basis)
         self.allocate(replica, broadcast)
         replica.next_seed = next_seed
 

@@ -102,12 +102,8 @@ class FerretReference(Algorithm[PoolReplica]):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         seed = derive(data.seed, "subsets")
         with watch("project"):
-            counts = subset_sizes(
-                replica.plan.block_norms_of_difference(replica.start, replica.params), self.config.K
-            )
-            projected = ferret_ext.project_difference(
-                replica.plan, replica.start, replica.params, replica.seed, basis=self.config.chosen_basis
-            )
+            counts = subset_sizes(replica.norms(), self.config.K)
+            projected = replica.project(replica.part, replica.seed, self.config.chosen_basis)
             # project divides by rho_l K = VARIANCE K / d_l, the authors by n_l / d_l
             scale = VARIANCE[KINDS[self.config.chosen_basis]] * self.config.K / counts
             chosen = chosen_seeds(seed, counts, self.config.K)
@@ -140,11 +136,8 @@ class FerretReference(Algorithm[PoolReplica]):
         check(self.name, "broadcast", "contract", self.contract, broadcast.value("contract", int))
         pool: Pool = broadcast.array("pool", "<f4", (replica.plan.K,))
         step = broadcast.value("step", float)
-        device = replica.params[0].device
-        clipped = torch.from_numpy(self._clip(replica, pool)).to(device)
-        with torch.no_grad():
-            terms = [(replica.seed, clipped, 1.0)]
-            ferret_ext.apply_(replica.plan, replica.params, terms, -step, basis=self.config.chosen_basis)
+        clipped = torch.from_numpy(self._clip(replica, pool))
+        replica.walk([(replica.seed, clipped, 1.0)], step, self.config.chosen_basis)
         replica.pool = pool
 
     def step(self, round_: int) -> float:

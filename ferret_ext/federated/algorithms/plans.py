@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import ferret_ext
+from ferret_ext import Packed
+from ferret_ext.allocation import Allocation
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import Replica, Values
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import Message
-from ferret_ext.plan import Allocation, Granularity
+from ferret_ext.ops import Basis
+from ferret_ext.plan import AnyPlan, Granularity
 
 
 @dataclass(kw_only=True)
@@ -24,6 +30,46 @@ class PlanReplica(Replica):
     @property
     def digest(self) -> bytes:
         return bytes.fromhex(self.plan.digest())[: wire.DIGEST_BYTES]
+
+    @property
+    def part(self) -> AnyPlan:
+        """The plan of what `params` are: the whole model, or this rank's parts."""
+        if not self.cut:
+            return self.plan
+        from ferret_ext import fsdp
+
+        return self.plan.shard(fsdp.ranges(self.cut))
+
+    def project(self, part: AnyPlan, seed: int, basis: Basis) -> Tensor:
+        """The coordinates of what training has changed, of the whole model on every rank.
+
+        part: `self.part`, or with other K_l.
+        """
+        gammas = ferret_ext.project_difference(part, self.start, self.params, seed, basis=basis)
+        return self._total(gammas)
+
+    def norms(self) -> list[float]:
+        """The norm of what training has changed in each block."""
+        norms = self.part.block_norms_of_difference(self.start, self.params)
+        if not self.cut:
+            return norms
+        squares = torch.tensor(norms, dtype=torch.float64, device=self.params[0].device).square()
+        return self._total(squares).sqrt().tolist()
+
+    def walk(self, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float, basis: Basis) -> None:
+        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
+        device = self.params[0].device
+        moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
+        with torch.no_grad():
+            ferret_ext.apply_(self.part, self.params, moved, -step, basis=basis)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks that have a part of the model."""
+        if not self.cut:
+            return values
+        from ferret_ext import fsdp
+
+        return fsdp.total(values, self.cut)
 
     def state(self) -> Values:
         return {"counts": np.array([block.k for block in self.plan.blocks], np.uint32)}

@@ -7,20 +7,31 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.worker import calls
 from ferret_ext.federated.worker.calls import Frame
-from ferret_ext.federated.worker.worker import Worker
 from ferret_link import frames
 from ferret_link.frames import FrameError, Listener, SocketError
 
 Answered = Callable[[Frame], None]
+
+
+class Party(Protocol):
+    """A `Worker`, or several processes that are one together."""
+
+    def greet(self) -> Frame:
+        """Who it is and how far, from any thread."""
+
+    def attend(self, call: Frame, answered: Answered) -> None:
+        """Has a call answered, once."""
+
+
 Jobs = queue.Queue[tuple[Frame, Answered]]
 
 
-def serve(worker: Worker, path: Path, limit: int = frames.LARGEST_FRAME) -> None:
+def serve(party: Party, path: Path, limit: int = frames.LARGEST_FRAME) -> None:
     """Answers at the socket until it is interrupted. limit: bytes of a call. Raises ConfigError.
 
     This thread trains, others listen: they answer a hello at once, whatever the training does, and wait for
@@ -32,36 +43,36 @@ def serve(worker: Worker, path: Path, limit: int = frames.LARGEST_FRAME) -> None
     except (SocketError, OSError) as error:
         raise ConfigError(str(error)) from None
     with listener:
-        threading.Thread(target=_accept, args=(listener, worker, jobs, limit), daemon=True).start()
+        threading.Thread(target=_accept, args=(listener, party, jobs, limit), daemon=True).start()
         while True:
             call, answered = jobs.get()
-            answered(worker.answer(call))
+            party.attend(call, answered)
 
 
-def _accept(listener: Listener, worker: Worker, jobs: Jobs, limit: int) -> None:
+def _accept(listener: Listener, party: Party, jobs: Jobs, limit: int) -> None:
     while True:
         try:
             connection = listener.accept()
         except OSError:  # closed
             return
-        threading.Thread(target=_converse, args=(connection, worker, jobs, limit), daemon=True).start()
+        threading.Thread(target=_converse, args=(connection, party, jobs, limit), daemon=True).start()
 
 
-def _converse(connection: socket.socket, worker: Worker, jobs: Jobs, limit: int) -> None:
+def _converse(connection: socket.socket, party: Party, jobs: Jobs, limit: int) -> None:
     """Answers the calls of one connection until it closes; what is no frame closes it."""
     with connection:
         try:
             while (call := frames.receive(connection, limit)) is not None:
-                frames.send(connection, _answer(call, worker, jobs))
+                frames.send(connection, _answer(call, party, jobs))
         except FrameError as error:
             _try_to_send(connection, calls.error("FrameError", str(error)))
         except (OSError, MemoryError):
             return
 
 
-def _answer(call: Frame, worker: Worker, jobs: Jobs) -> Frame:
+def _answer(call: Frame, party: Party, jobs: Jobs) -> Frame:
     if call.get("kind") == "hello":
-        return worker.greet()
+        return party.greet()
     if call.get("kind") not in ("train", "ask"):
         return calls.error("CallError", f"kind: expected hello, train or ask, got {call.get('kind')!r:.80}")
     box: queue.Queue[Frame] = queue.Queue(1)

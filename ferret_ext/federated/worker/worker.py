@@ -8,7 +8,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from ferret_ext.federated.settings import ConfigError, Setting, flatten
 from ferret_ext.federated.wire import NO_DIGEST
 from ferret_ext.federated.worker import calls
 from ferret_ext.federated.worker.calls import Asked, CallError, Frame, Train
+
+if TYPE_CHECKING:
+    from ferret_ext.federated.ranks import Ranks
 
 # Settings and sections that a party may set for itself; all others are the server's.
 OWN = (
@@ -75,10 +78,20 @@ class Worker:
     `answer` does not raise for a bad call or for want of memory. Only `greet` is for other threads.
     """
 
-    def __init__(self, client: int, own: Sequence[Setting], say: Say, *, share: bool = False) -> None:
+    def __init__(
+        self,
+        client: int,
+        own: Sequence[Setting],
+        say: Say,
+        *,
+        share: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
         """own: this party's settings, among them model and data. share: it trains on the client's part of the
-        data as the run's settings deal them out, instead of all. Raises ConfigError."""
+        data as the run's settings deal them out, instead of all. ranks: this process is one of several that
+        do so together, each asked the same. Raises ConfigError."""
         self.client = client
+        self._ranks = ranks
         self._own, self._share, self._say = check_own(own), share, say
         self._member: Member | None = None
         self._participant = Participant(client)  # its keys, of which a worker that is started again has none
@@ -89,6 +102,10 @@ class Worker:
         """Who this is and how far, from any thread."""
         run_, seen = self._place
         return calls.hello(self.client, run_, seen)
+
+    def attend(self, call: Frame, answered: Callable[[Frame], None]) -> None:
+        """Has a call answered."""
+        answered(self.answer(call))
 
     def answer(self, frame: Mapping[str, Any]) -> Frame:
         """The answer to a call: a reply, or an error."""
@@ -142,7 +159,7 @@ class Worker:
         config = party_config(call.settings, self._own)
         self._say(f"run {call.run.hex()}: client {self.client} loads {config.model} and {config.data}")
         with run.reproducible(config.full_determinism, config.num_threads):
-            start = run.begin(config, call.settings)
+            start = run.begin(config, call.settings, self._ranks)
             if start.genesis.base != call.base:
                 raise ConfigError(
                     f"model: expected the run's base of SHA-256 {call.base.hex()}, got "
@@ -189,7 +206,8 @@ class Worker:
         replica = member.members.replica
         for param in replica.params:
             param.grad = None
-        if not replica.marked == replica.round == round_ - 1:
+        cut = bool(replica.cut)  # other ranks' parts, and what FSDP2 was in the middle of, are not known
+        if cut or not replica.marked == replica.round == round_ - 1:
             self._member = None
 
     def _error(self, problem: BaseException) -> Frame:
