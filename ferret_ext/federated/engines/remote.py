@@ -6,16 +6,17 @@ A round sends every client that was drawn the broadcasts that it has not seen, a
     the deadline, with at least `robust.quorum` updates;
     `federation.max_deadline`, and then the run stops where updates are fewer than the quorum.
 
-Clients are known by the number that they say they are, never by their connection: that may change while a run
-goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline; a
-client that is asked again answers as before without training again.
+Clients are known by the number that they say they are, never by their connection: that may change while a
+run goes on. A call is repeated when its connection is gone, when it fails on the way, and when no answer
+comes: after `federation.min_deadline`, then after twice as long and so on, up to the deadline, since that of
+the first round may be an hour. A client that is asked again answers as before without training again.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ RETRY = 2.0  # seconds until a call that failed on its way is repeated
 HELLO_PATIENCE = 60.0  # seconds until a node that does not say who it is is asked again
 HELLO_RETRY = 10.0  # seconds, where it could not say, or is who somebody else is
 MOST_BEHIND = 3  # times in a round that a client may have lost what it had seen
+SHOWN_CLIENTS = 10  # in one line of the log
 UNREACHED = ("NoWorker", "NoAnswer")  # errors of the way, not of the client
 
 
@@ -142,9 +144,12 @@ class Roster:
         for node in sorted(nodes - known):
             if name := self._link.send(node, {"kind": "hello"}):
                 self._asked[name] = node, now
+        before = {*self.node_of}
         for name, answer in self._link.receive(self._asked) if self._asked else ():
             node, _ = self._asked.pop(name)
             self._welcome(node, answer, now)
+        if came := sorted(self.node_of.keys() - before):
+            self._say(f"{_in_words(came)} connected")
 
     def _welcome(self, node: int, answer: Frame, now: float) -> None:
         try:
@@ -160,7 +165,6 @@ class Roster:
             self._not_before[node] = now + HELLO_RETRY
             self._say(f"a node is not heard: {calls.error('', str(error))['text']}")
             return
-        self._say(f"client {client} is connected")
         self.node_of[client] = node
         believed = self.seen.get(client, seen if self.trusting else 0)
         self.seen[client] = min(seen, believed) if run == self._run else 0
@@ -185,7 +189,9 @@ class RemoteClients:
         self._roster = Roster(link, clients, genesis.run, say)
         self._deadlines = Deadlines(config)
         self._calls: dict[str, Call] = {}
-        self._late: set[tuple[int, int]] = set()
+        self._heard: set[tuple[int, int]] = (
+            set()
+        )  # round and client of every reply, as a call may be repeated
         self._gathered = False
 
     def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:
@@ -216,22 +222,28 @@ class RemoteClients:
 
     def _send(self, state: Round, server: Server[Any]) -> None:
         """Calls whoever was not called yet, or in vain."""
-        now, repeat = self._clock(), self._deadlines.seconds
+        now = self._clock()
         self._calls = {
             name: call
             for name, call in self._calls.items()
             if state.number - ROUNDS_BACK <= call.round < state.number
             or (call.round == state.number and self._roster.node_of.get(call.client) == call.node)
         }
-        called = {
-            call.client
-            for call in self._calls.values()
-            if call.round == state.number and now - call.sent_at < repeat
-        }
+        sent: dict[int, list[float]] = {}
+        for call in self._calls.values():
+            if call.round == state.number:
+                sent.setdefault(call.client, []).append(call.sent_at)
         for client in state.clients:
-            due = now >= state.not_before.get(client, now)
-            if client in self._roster.node_of and client not in called | state.replies.keys() and due:
+            due = now >= max(state.not_before.get(client, now), self._repeat_at(sent.get(client, [])))
+            if client in self._roster.node_of and client not in state.replies and due:
                 self._call(state, client, server, now)
+
+    def _repeat_at(self, sent: Sequence[float]) -> float:
+        """When to call a client again that was called at these times in vain."""
+        if not sent:
+            return -math.inf
+        patience = self._config.min_deadline * 2.0 ** (len(sent) - 1)
+        return max(sent) + min(patience, self._deadlines.seconds)
 
     def _call(self, state: Round, client: int, server: Server[Any], now: float) -> None:
         node, since = self._roster.node_of[client], self._roster.seen[client]
@@ -253,8 +265,8 @@ class RemoteClients:
                 self._deadlines.note(call.round, now - call.sent_at)
             if call.round == state.number:
                 self._take(state, call, answer, watcher, now)
-            elif answer.get("kind") == "reply" and (call.round, call.client) not in self._late:
-                self._late.add((call.round, call.client))  # it may have been called twice
+            elif answer.get("kind") == "reply" and (call.round, call.client) not in self._heard:
+                self._heard.add((call.round, call.client))
                 self._say(f"client {call.client}: a reply of round {call.round} came late")
                 state.late.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
 
@@ -266,6 +278,7 @@ class RemoteClients:
         try:
             if answer.get("kind") == "reply":
                 reply = calls.read_reply(answer, client, call.bytes_down)
+                self._heard.add((state.number, client))
                 self._roster.seen[client] = state.number
                 self._settle(state, reply, watcher)
             elif answer.get("kind") == "behind":
@@ -314,6 +327,14 @@ class RemoteClients:
         reason = f"no reply within {waited:.1f} s" if connected else "not connected"
         watcher.client_left_out(state.number, client, reason)
         return _failed(client, reason)
+
+
+def _in_words(clients: Sequence[int]) -> str:
+    if len(clients) == 1:
+        return f"client {clients[0]} is"
+    shown = ", ".join(map(str, clients[:SHOWN_CLIENTS]))
+    more = len(clients) - SHOWN_CLIENTS
+    return f"clients {shown} and {more} more are" if more > 0 else f"clients {shown} are"
 
 
 def _failed(client: int, reason: str) -> Reply:
