@@ -1,4 +1,4 @@
-"""Draws what many_clients.py computed: what the server sends, the ledger, and what a newcomer rebuilds, by round.
+"""Draws what many_clients.py computed: bytes of the server and the ledger, and a newcomer's seconds.
 
     python benchmarks/plot_many.py benchmarks/results/many-clients.json docs/images/many-clients
 
@@ -24,7 +24,7 @@ PANELS = {
     "ledger_bytes": ("the ledger, which a newcomer receives", {1e6: "1 MB", 1e9: "1 GB"}),
     "newcomer_seconds": (
         "a newcomer rebuilds for",
-        {60: "1 min", 3600: "1 h", 86400: "1 day", 30 * 86400: "30 days"},
+        {60: "1 min", 3600: "1 h", 86400: "1 day", 7 * 86400: "1 week"},
     ),
 }
 
@@ -50,7 +50,7 @@ def save_plot(run: dict[str, Any], target: Path) -> None:
             *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
         )
         figure.supxlabel(
-            f"round, of {facts['clients']:,} clients; computed, with the rates of one core ({facts['processor']})",
+            f"round, of {facts['clients']:,} clients; computed, by one core's rate ({facts['processor']})",
             fontsize=9,
             color=FAINT,
         )
