@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COLORS = {"per-client": "#1f6f8b", "shared-round": "#d9822b", "fixed-pool": "#7a9e3a"}
 DASHES = ("--", "-", ":")  # by clients a round, the fewest first
-PANELS = {
+PANELS: dict[str, tuple[str, dict[float, str]]] = {
     "server_sends": ("the server sends in a round", {1e6: "1 MB", 1e9: "1 GB", 1e12: "1 TB"}),
     "ledger_bytes": ("the ledger, which a newcomer receives", {1e6: "1 MB", 1e9: "1 GB"}),
     "newcomer_seconds": (
