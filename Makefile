@@ -18,7 +18,7 @@ native := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 cpp := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp benchmarks/micro/*.cu)
 python := ferret_ext ferret_link tests benchmarks python_examples csrc docs setup.py
 
-.PHONY: help demo test test-all cpp-test arm-test fuzz lint format cuda-build docs package clean
+.PHONY: help demo test test-all cpp-test arm-test flower-test fuzz lint format cuda-build docs package clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -55,6 +55,16 @@ FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/package
 	@mkdir -p build/findings
 	$(bin)/python tests/fuzz/fuzz.py all --seconds $(FUZZ_SECONDS) --findings build/findings
+
+# make flower-test FLWR=1.29.0   the tests that start federations, with that version of Flower
+FLWR ?= 1.29.0
+flwr_env := build/flwr-$(FLWR)
+flower-test: $(VENV)/package
+	$(bin)/python -m venv --without-pip $(flwr_env)
+	$(bin)/pip --python $(flwr_env)/bin/python install -q flwr==$(FLWR)
+	echo "import site; site.addsitedir('$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(flwr_env)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_rest.pth
+	$(flwr_env)/bin/python -m pytest -m flower $(PYTEST_ARGS) tests/remote
 
 # make lint       formatting, common mistakes and types
 lint: $(VENV)/dev

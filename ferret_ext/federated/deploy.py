@@ -221,6 +221,8 @@ def run_join(options: argparse.Namespace) -> int:
             programs.append(Program(f"client {client}'s worker", _worker_command(options, client, path)))
             node = processes.supernode(options.server, client, path, options.root_certificates, key)
             programs.append(Program(f"client {client}'s SuperNode", node, logs / f"supernode-{client}.log"))
+        numbers = ", ".join(map(str, options.clients))
+        print(f"ferret join: clients {numbers} wait for runs at {options.server}; Ctrl-C ends it", flush=True)
         _keep_running(running, programs)
     return 0
 
@@ -350,6 +352,11 @@ def init_parser() -> argparse.ArgumentParser:
         "FOLDER",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new or empty one")
+    parser.add_argument(
+        "--simulation",
+        action="store_true",
+        help="for Flower's simulation: clients take turns in its processes, and need no workers",
+    )
     add_settings(parser, list(configuration.leaves()))
     return parser
 
@@ -362,7 +369,9 @@ def run_init(options: argparse.Namespace) -> int:
 
     config = configuration.build(read_settings(options))
     number_of_clients(config)
-    folder.write(options.folder.expanduser(), config, options.overwrite)
+    if options.simulation and config.training.keep_state:
+        raise ConfigError("training.keep_state: expected false with --simulation, got true")
+    folder.write(options.folder.expanduser(), config, options.overwrite, simulation=options.simulation)
     Lines(make_console()).say(f"{options.folder}: {', '.join(folder.FILES)}; next: flwr run {options.folder}")
     return 0
 

@@ -63,7 +63,7 @@ def own(*more: str) -> list[Setting]:
     return [("model", MODEL), ("data", data()), ("num_threads", "1"), *map(read_override, more)]
 
 
-def worker(client: int, *more: str, share: bool = True) -> Worker:
+def worker(client: int | None, *more: str, share: bool = True) -> Worker:
     return Worker(client, own(*more), lambda _: None, share=share)
 
 

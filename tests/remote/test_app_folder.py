@@ -163,6 +163,22 @@ def test_every_version_gets_its_own_command_line(monkeypatch: pytest.MonkeyPatch
     assert ("--clientappio-api-address" in node) != one_port
 
 
+def test_a_program_that_is_killed_while_it_says_its_options_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or else its silence counts as an older version's for good."""
+    asked, program = tmp_path / "asked", tmp_path / "flower-supernode"
+    program.write_text(f'#!/bin/sh\nif mkdir {asked}; then kill -9 $$; fi\necho "  --port PORT"\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(processes, "program", lambda name: [str(program)])
+    processes.takes.cache_clear()
+    assert processes.takes("flower-supernode", "--port")
+    program.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
+    with pytest.raises(ValueError, match="--help to say its options, got exit status 3: it is broken"):
+        processes.takes("flower-supernode", "--host")
+    processes.takes.cache_clear()
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     """Killed so that it can clean up nothing."""
     program = (

@@ -21,8 +21,8 @@ pytest.importorskip("flwr", reason="flwr is not installed (pip install '.[flower
 pytestmark = pytest.mark.flower
 
 ROOT = Path(__file__).parents[2]
-FAST = ["num_clients=2", "client_fraction=1", "rounds=2", "federation.join_timeout=400"]
-SECONDS = 500  # for a federation to end, on a busy machine
+FAST = ["num_clients=2", "client_fraction=1", "rounds=2", "federation.join_timeout=100"]
+SECONDS = 600  # for a federation to end, on a busy machine
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ from parties import DirectLink, Party, in_process, lost, no_worker, play, settin
 
 from ferret_ext.federated import ledger
 from ferret_ext.federated.config import FederationConfig, SimulationConfig
-from ferret_ext.federated.engines.remote import Deadlines
+from ferret_ext.federated.engines.remote import Deadlines, Roster
 from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.run import Result
 from ferret_ext.federated.worker import calls
@@ -148,6 +148,44 @@ def test_a_client_that_does_not_answer_is_left_out_after_the_deadline(tmp_path: 
     assert [metrics.left_out for metrics in diary.metrics[1:]] == [[1]] * 3
 
 
+def test_a_lost_call_of_the_first_round_is_repeated_long_before_its_deadline(tmp_path: Path) -> None:
+    """Whose deadline is max_deadline, as nobody knows yet how long clients take."""
+    link = parties()
+    losses = iter([lost])
+    link.parties[101].before = lambda call: (
+        next(losses, lambda _: None)(call) if call["kind"] == "train" else None
+    )
+    config = settings(tmp_path, *slow("robust.quorum=3", "federation.max_deadline=600", "rounds=1"))
+    _, diary = play(config, link)
+    assert diary.left_out == []
+    assert [call["kind"] for call in link.parties[101].calls] == ["hello", "train", "train"]
+
+
+def test_the_longer_nobody_answers_the_rarer_a_call_is_repeated(tmp_path: Path) -> None:
+    """After 0.05, 0.1, 0.2 .. seconds: in 2 s of which at most 6 are over."""
+    link = parties()
+    link.parties[101].before = lambda call: lost(call) if call["kind"] == "train" else None
+    config = settings(tmp_path, *slow("robust.quorum=3", "federation.max_deadline=2", "rounds=1"))
+    with pytest.raises(QuorumError):
+        play(config, link)
+    assert 2 <= sum(call["kind"] == "train" for call in link.parties[101].calls) <= 7
+
+
+@pytest.mark.parametrize(
+    ("count", "line"),
+    [
+        (1, "client 0 is connected"),
+        (3, "clients 0, 1, 2 are connected"),
+        (12, "clients 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more are connected"),
+    ],
+)
+def test_who_connects_is_told_in_one_line(count: int, line: str) -> None:
+    lines: list[str] = []
+    link = parties(count)
+    Roster(link, count, bytes(8), lines.append).look(0.0)
+    assert lines == [line]
+
+
 def test_a_client_that_never_connects_is_left_out(tmp_path: Path) -> None:
     _, diary = play(settings(tmp_path, *slow()), parties(2))
     assert diary.left_out[0] == (1, 2, "not connected")
@@ -187,6 +225,32 @@ def test_a_late_reply_is_counted_and_not_taken(tmp_path: Path) -> None:
     assert [metrics.late for metrics in diary.metrics] == [0, 0, 1]
     assert diary.metrics[1].left_out == [2]
     assert "client 2: a reply of round 1 came late" in diary.lines
+
+
+def test_a_repeated_calls_second_reply_is_not_late(tmp_path: Path) -> None:
+    """The first answer of node 102 comes when it has been called twice, the second in round 2."""
+    link, count = parties(), 0
+    held: list[Any] = []
+
+    class Repeated(DirectLink):
+        def send(self, node: int, frame: Frame) -> str | None:
+            nonlocal count
+            name = super().send(node, frame)
+            if node == 102 and frame.get("round") == 1:
+                held[:] = [name]
+                count += 1
+            elif frame.get("round") == 2:
+                held.clear()
+            return name
+
+        def receive(self, names: Any) -> Any:
+            return super().receive([name for name in names if name not in held])
+
+    config = settings(tmp_path, *slow("rounds=3", "robust.quorum=3", "federation.max_deadline=600"))
+    _, diary = play(config, Repeated(link.parties))
+    assert count == 2
+    assert [metrics.late for metrics in diary.metrics] == [0, 0, 0, 0]
+    assert diary.left_out == []
 
 
 def test_over_selection_ends_a_round_with_the_first_replies(tmp_path: Path) -> None:

@@ -294,8 +294,9 @@ def test_a_connection_that_goes_away_disturbs_nobody(served: tuple[Path, Worker]
 def test_a_hello_is_answered_while_the_worker_trains(
     served: tuple[Path, Worker], leader: Leader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on for as long as it takes to answer one hello, and then some."""
-    begun, answered, waits = threading.Event(), threading.Event(), 0
+    """Training goes on for as long as it takes to answer one hello, and then some. Operators and torch let other
+    threads run: less than a second of the process's time goes by, however little of the machine it gets."""
+    begun, answered, waits = threading.Event(), threading.Event(), []
     train = LocalTrainer.train
 
     def long(self: LocalTrainer, model: Any, *rest: Any) -> float:
@@ -310,7 +311,9 @@ def test_a_hello_is_answered_while_the_worker_trains(
     thread.start()
     assert begun.wait(60)
     while thread.is_alive():
+        start = time.process_time()
         assert ask(served[0], {"kind": "hello"})["client"] == 0
+        waits.append(time.process_time() - start)
         answered.set()
-        waits += 1
-    assert waits > 3  # operators and torch let other threads run
+    assert len(waits) > 3
+    assert max(waits) < 1

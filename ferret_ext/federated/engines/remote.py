@@ -8,16 +8,17 @@ A round sends every client that takes part the broadcasts that it has not seen, 
 
 What else an algorithm asks of clients, before or after, goes the same way, with deadlines of its own.
 
-Clients are known by the number that they say they are, never by their connection: that may change while a run
-goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline; a
-client that is asked again answers as before without training again.
+Clients are known by the number that they say they are, never by their connection: that may change while a
+run goes on. A call is repeated when its connection is gone, when it fails on the way, and when no answer
+comes: after `federation.min_deadline`, then after twice as long and so on, up to the deadline, since that of
+the first round may be an hour. A client that is asked again answers as before without training again.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ RETRY = 2.0  # seconds until a call that failed on its way is repeated
 HELLO_PATIENCE = 60.0  # seconds until a node that does not say who it is is asked again
 HELLO_RETRY = 10.0  # seconds, where it could not say, or is who somebody else is
 MOST_BEHIND = 3  # times in a round that a client may have lost what it had seen
+SHOWN_CLIENTS = 10  # in one line of the log
 UNREACHED = ("NoWorker", "NoAnswer")  # errors of the way, not of the client
 
 
@@ -159,9 +161,12 @@ class Roster:
         for node in sorted(nodes - known):
             if name := self._link.send(node, {"kind": "hello"}):
                 self._asked[name] = node, now
+        before = {*self.node_of}
         for name, answer in self._link.receive(self._asked) if self._asked else ():
             node, _ = self._asked.pop(name)
             self._welcome(node, answer, now)
+        if came := sorted(self.node_of.keys() - before):
+            self._say(f"{_in_words(came)} connected")
 
     def _welcome(self, node: int, answer: Frame, now: float) -> None:
         try:
@@ -177,7 +182,6 @@ class Roster:
             self._not_before[node] = now + HELLO_RETRY
             self._say(f"a node is not heard: {calls.error('', str(error))['text']}")
             return
-        self._say(f"client {client} is connected")
         self.node_of[client] = node
         believed = self.seen.get(client, seen if self.trusting else 0)
         self.seen[client] = min(seen, believed) if run == self._run else 0
@@ -200,14 +204,12 @@ class RemoteClients:
         self._link, self._config, self._quorum, self._genesis = link, config, quorum, genesis
         self._say, self._clock, self._sleep = say, clock, sleep
         self._roster = Roster(link, clients, genesis.run, say)
-        self._deadlines, self._deadlines_of_answers = (
-            Deadlines(config),
-            Deadlines(config, config.min_deadline),
-        )
+        self._deadlines = Deadlines(config)
+        self._deadlines_of_answers = Deadlines(config, config.min_deadline)
         self._stages = 0
         self._late_replies: list[Reply] = []
         self._calls: dict[str, Call] = {}
-        self._late: set[tuple[int, int]] = set()
+        self._heard: set[tuple[int, int]] = set()  # round and client of every update, since calls are repeated
         self._gathered = False
 
     def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:
@@ -272,22 +274,28 @@ class RemoteClients:
 
     def _send(self, stage: Stage) -> None:
         """Calls whoever was not called yet, or in vain."""
-        now, repeat = self._clock(), stage.deadlines.seconds
+        now = self._clock()
         self._calls = {
             name: call
             for name, call in self._calls.items()
             if stage.round - ROUNDS_BACK <= call.round
             and (call.stage < stage.number or self._roster.node_of.get(call.client) == call.node)
         }
-        called = {
-            call.client
-            for call in self._calls.values()
-            if call.stage == stage.number and now - call.sent_at < repeat
-        }
+        sent: dict[int, list[float]] = {}
+        for call in self._calls.values():
+            if call.stage == stage.number:
+                sent.setdefault(call.client, []).append(call.sent_at)
         for client in stage.clients:
-            due = now >= stage.not_before.get(client, now)
-            if client in self._roster.node_of and client not in called | stage.replies.keys() and due:
+            due = now >= max(stage.not_before.get(client, now), self._repeat_at(stage, sent.get(client, [])))
+            if client in self._roster.node_of and client not in stage.replies and due:
                 self._call(stage, client, now)
+
+    def _repeat_at(self, stage: Stage, sent: Sequence[float]) -> float:
+        """When to call a client again that was called at these times in vain."""
+        if not sent:
+            return -math.inf
+        patience = self._config.min_deadline * 2.0 ** (len(sent) - 1)
+        return max(sent) + min(patience, stage.deadlines.seconds)
 
     def _call(self, stage: Stage, client: int, now: float) -> None:
         node, (frame, size, timed) = self._roster.node_of[client], stage.call(client)
@@ -315,8 +323,8 @@ class RemoteClients:
                 of_kind.note(call.round, now - call.sent_at)
             if call.stage == stage.number:
                 self._take(stage, call, answer, now)
-            elif replied and call.trains and (call.round, call.client) not in self._late:
-                self._late.add((call.round, call.client))  # it may have been called twice
+            elif replied and call.trains and (call.round, call.client) not in self._heard:
+                self._heard.add((call.round, call.client))
                 self._say(f"client {call.client}: a reply of round {call.round} came late")
                 self._late_replies.append(Reply(call.client, b"", 0, math.nan, Stopwatch(), late=True))
 
@@ -329,6 +337,7 @@ class RemoteClients:
             if answer.get("kind") == "reply":
                 reply = calls.read_reply(answer, client, call.bytes_down)
                 if stage.watcher:
+                    self._heard.add((stage.round, client))
                     self._roster.seen[client] = stage.round
                 self._settle(stage, reply)
             elif answer.get("kind") == "behind":
@@ -379,6 +388,14 @@ class RemoteClients:
         if stage.watcher:
             stage.watcher.client_left_out(stage.round, client, reason)
         return _failed(client, reason)
+
+
+def _in_words(clients: Sequence[int]) -> str:
+    if len(clients) == 1:
+        return f"client {clients[0]} is"
+    shown = ", ".join(map(str, clients[:SHOWN_CLIENTS]))
+    more = len(clients) - SHOWN_CLIENTS
+    return f"clients {shown} and {more} more are" if more > 0 else f"clients {shown} are"
 
 
 def _failed(client: int, reason: str) -> Reply:

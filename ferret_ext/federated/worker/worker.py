@@ -75,12 +75,13 @@ class Member:
 class Worker:
     """Answers the calls of `worker.calls` for one client, one after the other.
 
+    client: who it is; None: all of a run's clients, which take turns with one model, as in a simulation.
     `answer` does not raise for a bad call or for want of memory. Only `greet` is for other threads.
     """
 
     def __init__(
         self,
-        client: int,
+        client: int | None,
         own: Sequence[Setting],
         say: Say,
         *,
@@ -90,18 +91,21 @@ class Worker:
         """own: this party's settings, among them model and data. share: it trains on the client's part of the
         data as the run's settings deal them out, instead of all. ranks: this process is one of several that
         do so together, each asked the same. Raises ConfigError."""
+        assert client is not None or share, "all clients cannot have all of the data"
         self.client = client
         self._ranks = ranks
         self._own, self._share, self._say = check_own(own), share, say
         self._member: Member | None = None
-        self._participant = Participant(client)  # its keys, of which a worker that is started again has none
-        self._last: tuple[bytes, int, bytes, Frame] | None = None  # run, round, invitation and answer
+        # A client's keys, of which a worker that is started again has none.
+        self._participants = {} if client is None else {client: Participant(client)}
+        self._last: tuple[bytes, int, int, bytes, Frame] | None = None  # run, round, client, invitation, answer
         self._place = NO_DIGEST, 0  # run and broadcasts seen, for whoever asks meanwhile
 
-    def greet(self) -> Frame:
-        """Who this is and how far, from any thread."""
-        run_, seen = self._place
-        return calls.hello(self.client, run_, seen)
+    def greet(self, client: int | None = None) -> Frame:
+        """Who this is and how far, from any thread. client: which of all, where it is all of them."""
+        who, (run_, seen) = self.client if client is None else client, self._place
+        assert who is not None, "one of all clients has to be named"
+        return calls.hello(who, run_, seen)
 
     def attend(self, call: Frame, answered: Callable[[Frame], None]) -> None:
         """Has a call answered."""
@@ -129,18 +133,21 @@ class Worker:
 
     def _ask(self, call: Asked) -> Frame:
         self._check_client(call)
-        return calls.reply(self._participant.reply(call.request))
+        if call.client not in self._participants:
+            raise CallError("kind: expected train where clients take turns, got ask")
+        return calls.reply(self._participants[call.client].reply(call.request))
 
     def _check_client(self, call: Train | Asked) -> None:
-        if call.client != self.client:
+        if self.client not in (None, call.client):
             raise CallError(f"client: expected {self.client}, which this worker is, got {call.client}")
 
     def _train(self, call: Train) -> Frame:
         self._check_client(call)
-        if self._last and self._last[:3] == (call.run, call.round, call.invitation):
-            return self._last[3]  # asked again, because the answer was lost
+        if self._last and self._last[:4] == (call.run, call.round, call.client, call.invitation):
+            return self._last[4]  # asked again, because the answer was lost
         member = self._member
-        if call.settings:  # the server begins at the beginning
+        begun = self.client is None and member is not None and member.run == call.run
+        if call.settings and not begun:  # the server begins at the beginning
             member = self._begin(call)
         elif member is None or member.run != call.run or call.round <= member.members.replica.round:
             return calls.behind(0)
@@ -148,7 +155,7 @@ class Worker:
             return calls.behind(member.seen)
         answer = self._update(member, call)
         if not answer["failure"]:
-            self._last = call.run, call.round, call.invitation, answer
+            self._last = call.run, call.round, call.client, call.invitation, answer
         return answer
 
     def _begin(self, call: Train) -> Member:
@@ -157,7 +164,9 @@ class Worker:
             self._member = self._last = None  # room for what comes
             _free_memory()
         config = party_config(call.settings, self._own)
-        self._say(f"run {call.run.hex()}: client {self.client} loads {config.model} and {config.data}")
+        if self.client is None:
+            _check_turns(config)
+        self._say(f"run {call.run.hex()}: client {call.client} loads {config.model} and {config.data}")
         with run.reproducible(config.full_determinism, config.num_threads):
             start = run.begin(config, call.settings, self._ranks)
             if start.genesis.base != call.base:
@@ -170,30 +179,32 @@ class Worker:
                     f"run: expected {start.genesis.run.hex()} by its settings, got {call.run.hex()}"
                 )
             examples = self._examples(start)
-        (weight,) = client_weights(start.config, start.algorithm, [examples])
-        own = {self.client: examples}, {self.client: weight}
-        participants = {self.client: self._participant}
-        members = Members(start.algorithm, start.model, *own, config.seed, participants)
+        weights = client_weights(start.config, start.algorithm, list(examples.values()))
+        own = examples, dict(zip(examples, weights, strict=True))
+        members = Members(start.algorithm, start.model, *own, config.seed, self._participants)
         self._member = Member(call.run, members, start.trainer, start.config)
         return self._member
 
-    def _examples(self, start: run.Start) -> Sequence[Any]:
+    def _examples(self, start: run.Start) -> dict[int, Sequence[Any]]:
+        """By client."""
         source = start.config, start.tokenizer, start.max_length, self._say
-        if not self._share:
-            return loading.load_own(*source)
+        if self.client is not None and not self._share:
+            return {self.client: loading.load_own(*source)}
         shards = loading.load(*source).shards
+        if self.client is None:
+            return dict(enumerate(shards))
         if self.client >= len(shards):
             raise ConfigError(
                 f"client: expected at most {len(shards) - 1}, the last share, got {self.client}"
             )
-        return shards[self.client]
+        return {self.client: shards[self.client]}
 
     def _update(self, member: Member, call: Train) -> Frame:
         config = member.config
         with run.reproducible(config.full_determinism, config.num_threads):
             member.restore(call.round)
             try:
-                done = member.members.update(self.client, call.round, call.broadcasts, call.invitation)
+                done = member.members.update(call.client, call.round, call.broadcasts, call.invitation)
             except BaseException:
                 self._settle(member, call.round)
                 raise
@@ -217,16 +228,32 @@ class Worker:
         return answer
 
 
+def is_own(key: str) -> bool:
+    """Whether a party may set this for itself."""
+    return any(f"{key}.".startswith(f"{name}.") for name in OWN)
+
+
 def check_own(own: Sequence[Setting]) -> list[Setting]:
     """The settings, once they are known to be a party's own. Raises ConfigError."""
     for key, value in own:
-        if not any(f"{key}.".startswith(f"{name}.") for name in OWN):
+        if not is_own(key):
             raise ConfigError(
                 f"{key}: expected a setting that a party has for itself ({', '.join(OWN)}), got {value!r}; "
                 "the server says all others"
             )
     configuration.build([("ferret.seeds", "shared-round"), *own], required=("model", "data"))
     return list(own)
+
+
+def _check_turns(config: SimulationConfig) -> None:
+    """Raises ConfigError for what needs a client in a process of its own."""
+    kept = {
+        "training.keep_state": config.training.keep_state,
+        "ferret.secure_aggregation": config.ferret.secure_aggregation,
+    }
+    for key, wanted in kept.items():
+        if wanted:
+            raise ConfigError(f"{key}: expected false where clients take turns, got true")
 
 
 def party_config(settings: str, own: Sequence[Setting]) -> SimulationConfig:

@@ -25,6 +25,12 @@ from ferret_link.client_app import app
 
 __all__ = ["app"]
 '''
+SIMULATED_CLIENT_APP = '''"""All clients' side, in Flower's simulation: they take turns in its processes."""
+
+from ferret_ext.federated.engines.flower.simulation import client_app
+
+app = client_app()
+'''
 PROJECT = """# Made by ferret flower-init. Start it with `flwr run`, whose --run-config sets what is below.
 [project]
 name = "ferret-run"
@@ -43,14 +49,20 @@ clientapp = "client_app:app"
 """
 
 
-def write(folder: Path, config: SimulationConfig, overwrite: bool = False) -> None:
-    """Writes the app. Paths become absolute where they are there: a ServerApp's working directory is its
-    SuperLink's. Raises ConfigError."""
+def write(
+    folder: Path, config: SimulationConfig, overwrite: bool = False, *, simulation: bool = False
+) -> None:
+    """Writes the app. simulation: for Flower's, where clients need no workers of their own.
+
+    Paths become absolute where they are there: a ServerApp's working directory is its SuperLink's. Raises
+    ConfigError.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"folder: expected a folder, got {str(folder)!r}, which is a file")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"folder: expected a new or empty one, got {str(folder)!r}; --overwrite")
-    texts = (PROJECT + settings_as_toml(config), SERVER_APP, CLIENT_APP)
+    client_app = SIMULATED_CLIENT_APP if simulation else CLIENT_APP
+    texts = (PROJECT + settings_as_toml(config), SERVER_APP, client_app)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in zip(FILES, texts, strict=True):

@@ -22,7 +22,8 @@ from types import TracebackType
 from ferret_ext.federated.settings import ConfigError
 
 GRACE = 5.0  # seconds for a process to end by itself
-START = 60.0  # seconds for a SuperLink to listen
+START = 60.0  # seconds for a SuperLink to listen, and for a program to say its options
+TRIES = 3  # of asking a program for its options
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 CONNECTION = "ferret"  # the SuperLink's name in Flower's configuration
 
@@ -67,9 +68,18 @@ class Security:
 
 @cache
 def takes(name: str, option: str) -> bool:
-    """Whether a program of Flower's has this option. Raises ConfigError where it is not there."""
-    ran = subprocess.run([*program(name), "--help"], capture_output=True, text=True, timeout=START)
-    return f" {option} " in ran.stdout
+    """Whether a program of Flower's has this option. Raises ConfigError where it does not say."""
+    command = [*program(name), "--help"]
+    for _ in range(TRIES):  # one that is killed says nothing, which must not be taken for a no
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=START)
+        except subprocess.TimeoutExpired:
+            got = f"nothing within {START:g} s"
+            continue
+        if ran.returncode == 0:
+            return f" {option} " in ran.stdout
+        got = f"exit status {ran.returncode}: {(ran.stderr.strip().splitlines() or ['no words'])[-1]:.300}"
+    raise ConfigError(f"flower: expected {name} --help to say its options, got {got}")
 
 
 def superlink(host: str, port: int, security: Security) -> tuple[list[str], str]:
