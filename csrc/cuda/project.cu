@@ -57,11 +57,13 @@ __device__ __forceinline__ void sum_calls(const RoundKeys& keys, uint64_t first_
     if (headers[tile].has_integers()) {
       for (int call = share.call; call < Shape::calls; call += share.call_step) {
         const Words words = stream_words(keys, basis, (first_tile + tile) * Shape::calls + call, column);
+#pragma unroll
         for (int limb = 0; limb < limbs; ++limb) {
           add_call<basis>(words, &stage.q[limb][tile * Shape::tile_stride + call * Shape::call_stride], sums[limb]);
         }
       }
     }
+#pragma unroll
     for (int limb = 0; limb < limbs; ++limb) stage.sums[limb][share.slot(share.call, tile)] = sums[limb];
   }
 }
@@ -72,6 +74,7 @@ __device__ __forceinline__ double tile_value(const cuda::Stage<basis, Real>& sta
                                              int tile, const Share& share) {
   if (!header.has_integers()) return header.exponent == kZeroExponent ? 0.0 : Limits<double>::nan;
   int64_t sums[2] = {};
+#pragma unroll
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
     int64_t raw = 0;
     for (int part = 0; part < share.call_step; ++part) raw += stage.sums[limb][share.slot(part, tile)];
