@@ -2,7 +2,7 @@
 
 kernel_resources.py compile COMMAND ..   runs a compiler and keeps ptxas's lines beside the object file
 kernel_resources.py report OBJECT ..     prints those of all the objects as one table
-kernel_resources.py check OBJECT ..     the same, and fails where a kernel spills or has an array in local memory
+kernel_resources.py check OBJECT ..     the same, and fails where a kernel spills or uses local memory
 """
 
 from __future__ import annotations

@@ -7,11 +7,9 @@
 // column folds the four values. Nodes' sums go to the workspace and are folded to the root by fold_kernel. Which level
 // the units have, how columns are batched and calls are shared out changes no bit: integer sums have no order, and
 // float64 sums only the tree's.
-#include <cstdlib>
-#include <string>
-
 #include "fold.cuh"
 #include "matrix.cuh"
+#include "path.h"
 #include "stage.cuh"
 #include "workspace.cuh"
 
@@ -225,17 +223,6 @@ std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockP
   return blocks;
 }
 
-// FERRET_CUDA_PATH=mma takes blocks with K_l >= 16 to the matrix units; the default is simt until both are measured.
-// Bits do not depend on it. Read at every call, so that both can be compared in one process.
-std::string wanted_path() {
-  const char* path = std::getenv("FERRET_CUDA_PATH");
-  return path == nullptr || *path == '\0' ? "simt" : path;
-}
-
-bool matrix_path(const ProjectJob& job) {
-  return wanted_path() == "mma" && job.stream.basis == Basis::rademacher && !job.wide;
-}
-
 struct ProjectLaunches {
   Workspace workspace;
   ProjectParams project = {};  // the blocks that the ordinary units take
@@ -252,7 +239,7 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
   int64_t tensors = 0;
   for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
 
-  const int64_t most = matrix_path(job) ? kMatrixColumns - 1 : INT64_MAX - 1;
+  const int64_t most = takes_matrix_units(job.stream.basis, job.wide) ? kLeastMatrixColumns - 1 : INT64_MAX - 1;
   const auto few = block_table(plan, pieces, levels[0], 1, most, &project.items);
   const auto many = block_table(plan, pieces, levels[0], most + 1, INT64_MAX, &matrix.items);
   project.blocks = workspace.table(few);
@@ -292,9 +279,7 @@ void (*project_kernel_of(Basis basis))(ProjectParams) {
 }
 
 Status run(const ProjectLaunches& launches, const ProjectJob& job, size_t bytes, CUstream_st* stream) {
-  if (const std::string path = wanted_path(); path != "simt" && path != "mma") {
-    return check(cudaErrorInvalidValue, "FERRET_CUDA_PATH, which must be simt or mma");
-  }
+  if (!path_is_known()) return unknown_path();
   Status status = launches.workspace.upload(bytes, stream);
   if (!status.ok()) return status;
   const auto kernel =
