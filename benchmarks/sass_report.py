@@ -16,6 +16,9 @@ Rules, for code that nobody has annotated:
 - The loop with most calls counts. Where elements are added in another loop, that with most additions too.
 - Code that is skipped in an iteration, or lies outside of its loop, is not told apart.
 
+For kernels of the matrix units there is also what an element of a tensor costs with K columns, everything
+included (sass_paths.py), and the share of an H200's copy bandwidth that this allows.
+
 cuobjdump and nvdisasm come with the CUDA toolkit or with the triton wheel, which a CUDA torch brings along.
 """
 
@@ -31,21 +34,25 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from sass import Instruction, Kernel, parse
+from sass_paths import cheapest_way
 from timer import commit
 
 # ---- an H200 ----
 
 CLOCK = 1.98e9
 MULTIPROCESSORS = 132
+COPY_BANDWIDTH = 4.3e12  # bytes read and written a second, estimated: nine tenths of the data sheet's 4.8e12
 
 # Instructions of threads a clock and multiprocessor: (at least, at most). CUDA C++ Programming Guide,
 # "Throughput of native arithmetic instructions", compute capability 9.0. Two are not told there: whether
-# IMAD.WIDE runs at half of IMAD's rate, and how much of the matrix units' rate (1979e12 int8 operations/s, data
-# sheet) mma.sync gets. A shared access is of 4 to 16 bytes a thread, with 128 bytes a clock, and less where
-# threads read the same.
+# IMAD.WIDE runs at half of IMAD's rate, and how much of the matrix units' rate (1979e12 int8 operations/s,
+# data sheet) mma.sync gets. Shared memory gives 32 words a clock, and what several threads read counts once;
+# how often they do so is not told apart.
 RATES: dict[str, tuple[float, float]] = {
     "issue": (128, 128),
     "IMAD.WIDE": (32, 64),
@@ -54,88 +61,10 @@ RATES: dict[str, tuple[float, float]] = {
     "FMA": (128, 128),
     "FP64": (64, 64),
     "XU": (16, 16),
-    "shared": (8, 32),
+    "shared": (32, 32),
+    "shared words": (32, inf),
     "MMA": (16, 32),
 }
-
-# The pipe of an opcode, by its first part; what is in none of them is counted as "other".
-PIPES: dict[str, str] = {
-    "IMAD": "IMAD",
-    "FMA": "FFMA FMUL FADD HFMA2 HMUL2 HADD2 FFMA2",
-    "ALU": "LOP3 SHF IADD3 IADD VIADD ISETP PRMT SEL FSEL VIMNMX IMNMX FMNMX LEA PLOP3 FSETP IABS MOV R2P P2R BMSK"
-    " SGXT FSWZADD I2FP VIADDMNMX VIMNMX3 FMNMX3 IADD64 FCHK VOTE CSEL LOP32I IMNMX2",
-    "FP64": "DADD DMUL DFMA DSETP",
-    "XU": "MUFU I2F F2I F2F POPC FLO BREV FRND I2I",
-    "shared": "LDS STS LDSM STSM SHFL REDUX ATOMS",
-    "MMA": "IMMA BMMA HMMA DMMA QMMA",
-    "memory": "LDG STG LD ST LDC RED ATOM ATOMG CCTL LDGSTS ERRBAR MEMBAR",
-    "local": "LDL STL",
-    "control": "BRA BRX JMP EXIT BSSY BSYNC BMOV WARPSYNC BAR NOP CALL RET YIELD NANOSLEEP DEPBAR BPT KILL"
-    " BREAK LEPC RPCMOV ENDCOLLECTIVE COLLECTIVE CS2R S2R",
-}
-PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
-
-# ---- machine code ----
-
-FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
-TARGET = re.compile(r"\b0x([0-9a-f]+)")
-MULTIPLIERS = re.compile(r"0x(d2511f53|cd9e8d57|2daee0ad|326172a9)\b")  # Philox's, the last two as -0x..
-ACCUMULATES = re.compile(r"\s*R\d+,\s*-?R\d+(\.reuse)?,\s*-?R\d+(\.reuse)?,\s*R\d+")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    opcode: str
-    operands: str
-
-    @property
-    def pipe(self) -> str:
-        first = self.opcode.split(".")[0]
-        if self.opcode.startswith(("IMAD.WIDE", "IMAD.HI")):
-            return "IMAD.WIDE"
-        if (first.startswith("U") and first not in PIPE_OF) or first in ("R2UR", "S2UR"):
-            return "uniform"
-        return PIPE_OF.get(first, "other")
-
-    @property
-    def target(self) -> int | None:
-        """Where a branch goes."""
-        match = TARGET.search(self.operands) if self.opcode.split(".")[0] == "BRA" else None
-        return int(match[1], 16) if match else None
-
-    @property
-    def multiplies_in_philox(self) -> bool:
-        return MULTIPLIERS.search(self.operands) is not None and self.pipe == "IMAD.WIDE"
-
-    @property
-    def accumulates(self) -> bool:
-        return self.opcode == "IMAD.WIDE" and ACCUMULATES.match(self.operands) is not None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    name: str  # mangled
-    architecture: str
-    code: tuple[Instruction, ...]
-
-    def inner_loops(self) -> list[tuple[Instruction, ...]]:
-        spans = {(i.target, i.address) for i in self.code if i.target is not None and i.target < i.address}
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        return [tuple(i for i in self.code if begin <= i.address <= end) for begin, end in sorted(inner)]
-
-
-def parse(text: str) -> list[Kernel]:
-    """The kernels of what `cuobjdump -sass` printed."""
-    kernels = []
-    for part in re.split(r"^Fatbin .*code:$", text, flags=re.MULTILINE):
-        architecture = re.search(r"^arch = (\S+)", part, re.MULTILINE)
-        pieces = FUNCTION.split(part)
-        for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
-            code = tuple(Instruction(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(body))
-            kernels.append(Kernel(name, architecture[1] if architecture else "unknown", code))
-    return kernels
 
 
 # ---- what an element costs ----
@@ -152,6 +81,7 @@ class Loop:
     begin: int
     elements: float
     pipes: Counter[str]
+    words: int  # of shared memory
 
     @property
     def per_element(self) -> dict[str, float]:
@@ -180,11 +110,14 @@ def hot_loops(kernel: Kernel) -> list[Loop]:
     made = float(calls * ELEMENTS_OF_CALL[kind_of(kernel)])
     adding = max(loops, key=additions)
     together = any(i.pipe == "MMA" for i in words) or adding == words
-    result = [Loop("words and sums" if together else "words", words[0].address, made, pipes(words))]
+    result = [loop_of("words and sums" if together else "words", words, made)]
     if not together and additions(adding):
-        added = additions(adding) / limbs_of(kernel)
-        result.append(Loop("sums", adding[0].address, added, pipes(adding)))
+        result.append(loop_of("sums", adding, additions(adding) / limbs_of(kernel)))
     return result
+
+
+def loop_of(role: str, code: tuple[Instruction, ...], elements: float) -> Loop:
+    return Loop(role, code[0].address, elements, pipes(code), shared_words(code))
 
 
 def additions(loop: tuple[Instruction, ...]) -> int:
@@ -195,9 +128,15 @@ def pipes(loop: tuple[Instruction, ...]) -> Counter[str]:
     return Counter(i.pipe for i in loop)
 
 
-def bounds(per_element: dict[str, float]) -> dict[str, tuple[float, float]]:
+def shared_words(loop: tuple[Instruction, ...]) -> int:
+    """32-bit words of a thread's accesses: LDS.128 has four."""
+    bits = [re.search(r"\.(64|128)", i.opcode) for i in loop if i.pipe == "shared"]
+    return sum(int(match[1]) // 32 if match else 1 for match in bits)
+
+
+def bounds(per_element: dict[str, float], words: float) -> dict[str, tuple[float, float]]:
     """Elements/s that each pipe allows: (at least, at most)."""
-    needed = per_element | {"issue": sum(per_element.values())}
+    needed = per_element | {"issue": sum(per_element.values()), "shared words": words}
     clocks = CLOCK * MULTIPROCESSORS
     return {
         pipe: (low * clocks / needed[pipe], high * clocks / needed[pipe])
@@ -212,7 +151,7 @@ def row(kernel: Kernel) -> dict[str, Any] | None:
         return None
     pipes_of_loops = {pipe for loop in loops for pipe in loop.pipes}
     total = {pipe: sum(loop.per_element.get(pipe, 0.0) for loop in loops) for pipe in pipes_of_loops}
-    by_pipe = bounds(total)
+    by_pipe = bounds(total, sum(loop.words / loop.elements for loop in loops))
     low, high = (min(by_pipe, key=lambda pipe: by_pipe[pipe][end]) for end in (0, 1))
     bound = [by_pipe[low][0], by_pipe[high][1]]
     return {
@@ -224,14 +163,60 @@ def row(kernel: Kernel) -> dict[str, Any] | None:
             {"role": x.role, "address": x.begin, "elements": x.elements, "instructions": x.pipes.total()}
             for x in loops
         ],
-    } | ({"bound": bound, "limits": [low, high]} if kernel.architecture.startswith("sm_90") else {})
+        "tiles": tile_rows(kernel, loops[0].begin),
+    } | ({"bound": bound, "limits": [low, high]} if of_h200(kernel) else {})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a thread does on one way round a kernel's loop over tiles."""
+
+    elements: int  # of tensors
+    columns: int
+    fused: int  # multiply-adds of an element, outside of sums over columns
+    writes: bool
+
+    @property
+    def done(self) -> tuple[int, int, int, bool]:
+        return self.elements, self.elements if self.writes else 0, self.fused * self.elements, True
+
+
+WORK = {
+    "project_matrix_kernel": Work(16, 16, 1, writes=False),
+    "apply_matrix_kernel<16>": Work(32, 16, 2, writes=True),
+    "apply_matrix_kernel<64>": Work(8, 64, 3, writes=True),
+}
+
+
+def of_h200(kernel: Kernel) -> bool:
+    return kernel.architecture.startswith("sm_90")
+
+
+def tile_rows(kernel: Kernel, inner: int) -> list[dict[str, Any]]:
+    """Float32 and 16-bit tensors."""
+    name = readable(kernel)
+    if name not in WORK or not of_h200(kernel):
+        return []
+    work, rows = WORK[name], []
+    for dtype, size in (("float32", 4), ("16 bits", 2)):
+        way = cheapest_way(kernel, inner, size, work.done)
+        if way is None:
+            sys.exit(f"{name} ({kernel.architecture}): expected a way round for {dtype}, found none")
+        per_element = {pipe: count / work.elements for pipe, count in pipes(way).items()}
+        by_pipe = bounds(per_element, shared_words(way) / work.elements)
+        bandwidth = size * (2 if work.writes else 1) * min(low for low, _ in by_pipe.values())
+        facts = {"instructions": sum(per_element.values()), "pipes": per_element}
+        shares = {"bandwidth": bandwidth, "share_of_copy": bandwidth / COPY_BANDWIDTH}
+        rows.append({"dtype": dtype, "K": work.columns} | facts | shares)
+    return rows
 
 
 def readable(kernel: Kernel) -> str:
     names = [name for name in parts_of(kernel.name) if name.endswith("_kernel")]
     name = (names or [kernel.name])[-1]
     if not re.search(r"BasisE\d", kernel.name):
-        return name
+        columns = re.search(r"_kernelILi(\d+)E", kernel.name)
+        return f"{name}<{columns[1]}>" if columns else name
     return f"{name}<{KINDS[kind_of(kernel)]}, {'double' if limbs_of(kernel) == 2 else 'float'}>"
 
 
@@ -262,7 +247,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "bound" in x:
             low, high = (f"{value / 1e12:.2g}" for value in x["bound"])
             lines[-1] += f"  {low} to {high} by {' or '.join(dict.fromkeys(x['limits']))}"
+    lines += ["", "Instructions of a tensor's element with K columns, everything included (computed)"]
+    for x in rows:
+        lines += [tile_line(x, tile) for tile in x["tiles"]]
     return "\n".join(lines)
+
+
+def tile_line(row: dict[str, Any], tile: dict[str, Any]) -> str:
+    text = f"{row['kernel']:46} {row['architecture']:>7} {tile['instructions']:6.2f}"
+    text += f"  K = {tile['K']}, {tile['dtype']}: {tile['bandwidth'] / 1e12:.2g}e12 bytes/s"
+    return f"{text}, {tile['share_of_copy']:.0%} of copying"
 
 
 # ---- tools ----

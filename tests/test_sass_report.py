@@ -1,10 +1,13 @@
 """The report on machine code reads loops, pipes and bounds off what cuobjdump prints, and stops at spills."""
 
 from pathlib import Path
+from typing import Any
 
 import kernel_resources
 import pytest
+import sass
 import sass_report
+from sass_paths import cheapest_way
 
 PHILOX = "IMAD.WIDE.U32 R2, R2, -0x2daee0ad, RZ ;"
 
@@ -45,7 +48,7 @@ APART = listing(
 
 
 def test_inner_loop_is_found_and_counted_by_pipe() -> None:
-    (kernel,) = sass_report.parse(FUSED)
+    (kernel,) = sass.parse(FUSED)
     assert kernel.architecture == "sm_90a"
     assert [(loop[0].address, loop[-1].address) for loop in kernel.inner_loops()] == [(0x30, 0x1A0)]
     (loop,) = sass_report.hot_loops(kernel)
@@ -54,7 +57,7 @@ def test_inner_loop_is_found_and_counted_by_pipe() -> None:
 
 
 def test_bound_is_that_of_the_slowest_pipe() -> None:
-    row = sass_report.row(*sass_report.parse(FUSED))
+    row = sass_report.row(*sass.parse(FUSED))
     assert row is not None
     assert row["kernel"] == "project_kernel<rademacher, float>"
     assert row["instructions"] == 24 / 128
@@ -65,7 +68,7 @@ def test_bound_is_that_of_the_slowest_pipe() -> None:
 
 
 def test_words_and_sums_in_loops_of_their_own_are_added_up() -> None:
-    (kernel,) = sass_report.parse(APART)
+    (kernel,) = sass.parse(APART)
     words, sums = sass_report.hot_loops(kernel)
     assert (words.role, words.elements, words.pipes["IMAD.WIDE"]) == ("words", 32, 40)  # uniform: 16 a call
     assert (sums.role, sums.elements, sums.pipes["IMAD.WIDE"]) == ("sums", 4, 8)  # two limbs
@@ -76,7 +79,7 @@ def test_words_and_sums_in_loops_of_their_own_are_added_up() -> None:
 
 
 def test_unknown_opcodes_are_told_and_other_kernels_left_out() -> None:
-    kernel, other = sass_report.parse(FUSED + listing("_Z11fold_kernel1P", "sm_80", "EXIT ;"))
+    kernel, other = sass.parse(FUSED + listing("_Z11fold_kernel1P", "sm_80", "EXIT ;"))
     assert sass_report.pipes(kernel.code)["other"] == 1  # FROB
     assert sass_report.row(other) is None
 
@@ -126,3 +129,44 @@ def test_spills_and_stack_frames_fail_a_strict_build(architecture: str) -> None:
         )
         assert bad.startswith(f"_Z4slowv ({architecture}")
         assert "fast" not in bad
+
+
+# Code for two dtypes, one of them with a rare way out, and an inner loop within the loop over tiles.
+TILES = listing(
+    "_Z12matrix_kernelILi16EEvv",
+    "sm_90a",
+    "MOV R1, R2 ;",
+    "ISETP.NE.AND P0, PT, R1, RZ, PT ;",  # 0x10: the loop over tiles
+    "@P0 BRA 0x70 ;",
+    "LDG.E.U16 R4, desc[UR4][R2.64] ;",
+    "LDG.E.U16 R5, desc[UR4][R2.64+0x2] ;",
+    "@P1 BRA 0x90 ;",  # 0x50
+    "BRA 0xa0 ;",
+    "LDG.E.128 R4, desc[UR4][R2.64] ;",  # 0x70: four of float32
+    "BRA 0xa0 ;",
+    "NOP ;",  # 0x90
+    "FFMA R4, R4, R5, R6 ;",  # 0xa0
+    "IADD3 R7, R7, R8, RZ ;",  # 0xb0: the inner loop
+    "@P2 BRA 0xb0 ;",
+    "STG.E [R2.64], R4 ;",
+    "STG.E.U16 [R2.64], R4 ;",
+    "@P3 BRA 0x10 ;",  # 0xf0
+    "EXIT ;",
+)
+
+
+def test_cheapest_way_does_all_the_work() -> None:
+    (kernel,) = sass.parse(TILES)
+
+    def way(size: int, *done: Any) -> list[int] | None:
+        found = cheapest_way(kernel, 0xB0, size, done)
+        return None if found is None else sorted(i.address for i in found)
+
+    rest = [0xA0, 0xB0, 0xC0, 0xD0, 0xE0, 0xF0]
+    assert way(4, 4, 1, 1, True) == [0x10, 0x20, 0x70, 0x80, *rest]
+    assert way(2, 2, 1, 1, True) == [0x10, 0x20, 0x70, 0x80, *rest]  # a vector is cheaper, and has eight
+    twice = way(4, 8, 0, 1, True)
+    assert twice is not None
+    assert twice.count(0x70) == 2
+    assert way(4, 1, 2, 0, True) == sorted([0x10, 0x20, 0x70, 0x80, *rest] * 2)  # a store each time
+    assert cheapest_way(kernel, 0x100, 4, (0, 0, 0, True)) is None  # in no loop
