@@ -79,7 +79,8 @@ format: $(VENV)/dev
 	$(bin)/ruff format $(python)
 	$(bin)/clang-format -i $(cpp)
 
-# make cuda-build compiles and imports the CUDA library against a CUDA torch; needs nvcc and no GPU
+# make cuda-build compiles and imports the CUDA library against a CUDA torch, and reads what its kernels cost off
+#                 their machine code; needs nvcc and no GPU
 cuda-build: $(CUDA_VENV)/torch
 	FERRET_CUDA=ON CMAKE_ARGS="-DFERRET_WERROR=ON -DFERRET_TESTS=ON" $(cuda_bin)/$(pip_install) ".[test]"
 	$(cuda_bin)/pytest tests/test_packaging.py
@@ -87,6 +88,8 @@ cuda-build: $(CUDA_VENV)/torch
 		$(foreach arch,80 90a 120,-gencode=arch=compute_$(arch)$(comma)code=sm_$(arch))
 	cp build/*-$(subst ==,-,$(CUDA_TORCH))*/kernel_resources.txt build/kernel_resources.txt
 	cat build/kernel_resources.txt
+	$(cuda_bin)/python benchmarks/sass_report.py --json build/sass.json \
+		build/*-$(subst ==,-,$(CUDA_TORCH))*/CMakeFiles/ferret_cuda.dir/csrc/cuda/*.o
 
 # make docs       the documentation as a site, build/site; every link in it is checked
 docs: $(VENV)/package

@@ -1,4 +1,5 @@
-// float16 and bfloat16 as bit patterns, for host and device code that knows neither torch nor a vendor's types.
+// float16 and bfloat16 as bit patterns, for host and device code that knows neither torch nor a vendor's types. On a GPU
+// one instruction does each; only the bits of a NaN differ.
 #pragma once
 
 #include "stream.h"
@@ -22,21 +23,38 @@ struct float16_t {
 FERRET_HD float to_float(bfloat16_t x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 
 FERRET_HD float to_float(float16_t x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7FFFu;
   if (rest >= 0x7C00u) return bits_to_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
   // The bits of a float16 read as a float32 are off by a factor of 2^112, for denormals too.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+#endif
 }
 
 // Round to nearest even; what is too large becomes infinity, NaN stays NaN.
 FERRET_HD bfloat16_t to_bfloat16(float x) {
+#if defined(__CUDA_ARCH__)
+  bfloat16_t rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+  return rounded;
+#else
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 
 FERRET_HD float16_t to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  float16_t rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+  return rounded;
+#else
   const uint32_t bits = float_to_bits(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -47,6 +65,7 @@ FERRET_HD float16_t to_float16(float x) {
   }
   const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - 0x38000000u;
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
+#endif
 }
 
 FERRET_HD float to_float(float x) { return x; }

@@ -5,7 +5,8 @@
 // sums its own four elements over all columns and updates, and reads and writes their parameters once. Warps never wait
 // for each other. Groups of 64 columns are summed exactly in int64; groups and updates are folded in the contract's order.
 #include "lanes.cuh"
-#include "prepare.cuh"
+#include "matrix_apply.cuh"
+#include "path.h"
 #include "workspace.cuh"
 
 namespace ferret::cuda {
@@ -13,27 +14,7 @@ namespace {
 
 constexpr int64_t kCtas = 1 << 16;  // enough to share out any work evenly
 
-struct ApplyBlock {
-  Block block;
-  BlockPieces pieces;
-  uint64_t first_span;
-  int64_t first_item;  // an item is a span
-  int64_t first_group;
-};
-
-struct ApplyParams {
-  const ApplyBlock* blocks;  // [L]
-  int64_t num_blocks;
-  const Piece* pieces;
-  const TensorRef* params;
-  const Update* updates;
-  int64_t num_updates;
-  int64_t total;
-  int64_t num_groups;
-  int64_t items;
-  bool overwrite;
-  Coordinates coordinates;
-};
+constexpr int kFewColumns = 8;  // fewer are faster on the ordinary units
 
 // ---- 32 columns of one update, as one warp sees them ----
 
@@ -48,12 +29,6 @@ struct Chunk {
   uint32_t column[kWarp];
 };
 
-// The coordinates of an update and block.
-struct Integers {
-  const int32_t* limbs[2];
-  const uint32_t* columns;
-};
-
 struct Columns {
   uint64_t seed;
   uint64_t span;
@@ -62,7 +37,7 @@ struct Columns {
 };
 
 template <Basis basis, class Real>
-__device__ __forceinline__ void fill(const Columns& columns, const Integers& integers, int lane,
+__device__ __forceinline__ void fill(const Columns& columns, const Integers<Real>& integers, int lane,
                                      Chunk<basis, Real>& chunk) {
   const bool used = lane < columns.count;
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
@@ -122,7 +97,7 @@ __device__ __forceinline__ void add_chunk(const Columns& columns, const Chunk<ba
 
 // G of the lane's elements, for the group of columns that starts at `first`.
 template <Basis basis, class Real>
-__device__ __forceinline__ void sum_group(Columns columns, int64_t end, const Integers& integers, int lane,
+__device__ __forceinline__ void sum_group(Columns columns, int64_t end, const Integers<Real>& integers, int lane,
                                           Chunk<basis, Real>& chunk, Real (&group)[kOwned]) {
   constexpr int limbs = Working<Real>::limbs;
   int64_t raw[limbs][kOwned] = {};
@@ -151,35 +126,24 @@ __device__ __forceinline__ void sum_group(Columns columns, int64_t end, const In
 template <Basis basis, class Real>
 __device__ __forceinline__ void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update, uint64_t span,
                                            int lane, Chunk<basis, Real>& chunk, Real (&sum)[kOwned]) {
-  const int64_t base = update * p.total + block.block.start;
-  const Coordinates& c = p.coordinates;
-  const Integers integers = {{c.integers[0] + base, c.integers[1] + base}, c.columns + base};
-  const Real* scales = static_cast<const Real*>(p.coordinates.scales) + update * p.num_groups + block.first_group;
-  Real run[kOwned] = {};
+  const Integers<Real> integers(p, block, update);
+  GroupFold<kOwned, Real> fold;
   for (int64_t first = 0, g = 0; first < block.block.columns; first += kGroup, ++g) {
     Real group[kOwned];
     sum_group({p.updates[update].seed, span, first, 0}, block.block.columns, integers, lane, chunk, group);
-    const bool closes = g % kFoldRadix == kFoldRadix - 1;
-#pragma unroll
-    for (int i = 0; i < kOwned; ++i) {
-      run[i] = fused_multiply_add(group[i], scales[g], run[i]);
-      if (closes) {
-        sum[i] += run[i];
-        run[i] = 0;
-      }
-    }
+    fold.add(group, integers.scales[g], g);
   }
+  fold.close();
 #pragma unroll
-  for (int i = 0; i < kOwned; ++i) sum[i] += run[i];
+  for (int i = 0; i < kOwned; ++i) sum[i] = fold.sum[i];
 }
 
 // ---- spans ----
 
 template <Basis basis, class Real>
 __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, int lane, Chunk<basis, Real>& chunk) {
-  const int64_t b = find_last(p.num_blocks, item, [&](int64_t at) { return p.blocks[at].first_item; });
-  const ApplyBlock& block = p.blocks[b];
-  const uint64_t span = block.first_span + (item - block.first_item);
+  const ApplyBlock& block = p.block_of(item);
+  const uint64_t span = block.first_group_of_spans + (item - block.first_item);
   const LanePlaces places = owned_places<basis>(lane);
   const bool poisoned = *p.coordinates.not_finite != 0;
 
@@ -190,17 +154,11 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
   }
   Real total[kOwned] = {};
   for (int64_t i = 0; i < p.num_updates && !poisoned; ++i) {
-    Real sum[kOwned] = {};
+    Real sum[kOwned];
     sum_update(p, block, i, span, lane, chunk, sum);
-    const Real weight = static_cast<const Real*>(p.coordinates.weights)[i * p.num_blocks + b];
-#pragma unroll
-    for (int j = 0; j < kOwned; ++j) total[j] = fused_multiply_add(sum[j], weight, total[j]);
+    add_update(p, block, i, sum, total);
   }
-  const Real factor = static_cast<const Real*>(p.coordinates.factors)[b];
-#pragma unroll
-  for (int j = 0; j < kOwned; ++j) {
-    x[j] = poisoned ? Limits<Real>::nan : fused_multiply_add(total[j], factor, x[j]);
-  }
+  add_total(p, block, total, x);
   for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
                [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
 }
@@ -216,27 +174,62 @@ __global__ void __launch_bounds__(kThreads, 4) apply_kernel(ApplyParams p) {
   }
 }
 
+// At least 3 CTAs a multiprocessor: registers for 4 do not suffice on every architecture.
+template <int columns>
+__global__ void __launch_bounds__(kThreads, 3) apply_matrix_kernel(ApplyParams p) {
+  using Spans = MatrixSpans<columns>;
+  __shared__ typename Spans::Shared shared[kWarps];
+  if (*p.coordinates.not_finite != 0 && !p.overwrite) return;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp;
+  for (int64_t item = int64_t{blockIdx.x} * kWarps + warp; item < p.items; item += int64_t{gridDim.x} * kWarps) {
+    Spans::apply(p, item, tid % kWarp, shared[warp]);
+  }
+}
+
 // ---- host ----
+
+// The blocks that one kernel takes: those with K_l in [least, most], in items of 2^shift elements.
+struct Takes {
+  int64_t least, most;
+  int shift;
+};
+
+constexpr Takes kOrdinary = {1, INT64_MAX, kSpanShift}, kFew = {1, kFewColumns - 1, kSpanShift},
+                kSome = {kFewColumns, 16, 10}, kMany = {17, INT64_MAX, 8};
 
 struct ApplyLaunches {
   Workspace workspace;
   PrepareParams prepare = {};
-  ApplyParams apply = {};
+  ApplyParams ordinary = {}, some = {}, many = {};
 
   ApplyLaunches(const ApplyJob& job, void* base);
 };
 
-std::vector<ApplyBlock> block_table(const Plan& plan, int64_t* items, int64_t* groups) {
+std::vector<ApplyBlock> block_table(const Plan& plan, const Takes& takes, int64_t* items) {
   std::vector<ApplyBlock> blocks;
   const auto pieces = pieces_by_block(plan);
-  *items = *groups = 0;
+  int64_t groups = 0;
+  *items = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) {
-    const Range spans = spans_of(pieces[b], kSpanShift);
-    blocks.push_back({plan.blocks[b], pieces[b], spans.begin, *items, *groups});
-    *items += size(spans);
-    *groups += divide_up(plan.blocks[b].columns, kGroup);
+    const int64_t columns = plan.blocks[b].columns;
+    if (columns >= takes.least && columns <= takes.most) {
+      const Range spans = spans_of(pieces[b], takes.shift);
+      blocks.push_back({plan.blocks[b], pieces[b], b, spans.begin, *items, groups});
+      *items += size(spans);
+    }
+    groups += divide_up(columns, kGroup);
   }
   return blocks;
+}
+
+std::vector<int64_t> first_groups(const Plan& plan, int64_t* groups) {
+  std::vector<int64_t> first;
+  *groups = 0;
+  for (int64_t b = 0; b < plan.num_blocks; ++b) {
+    first.push_back(*groups);
+    *groups += divide_up(plan.blocks[b].columns, kGroup);
+  }
+  return first;
 }
 
 // Room for what prepare.cuh makes. The flag is a table: it must be 0 before.
@@ -258,24 +251,31 @@ Coordinates lay_out_coordinates(const ApplyJob& job, int64_t groups, Workspace& 
 
 ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) {
   const Plan& plan = job.plan;
-  int64_t items, groups, tensors = 0;
-  const auto blocks = block_table(plan, &items, &groups);
-  std::vector<int64_t> first_group;
-  for (const ApplyBlock& block : blocks) first_group.push_back(block.first_group);
+  int64_t groups, tensors = 0;
   for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
-
   const Update* updates = workspace.table(job.updates, job.num_updates);
-  const Block* plain_blocks = workspace.table(plan.blocks, plan.num_blocks);
-  const int64_t* groups_of_blocks = workspace.table(first_group);
-  const ApplyBlock* apply_blocks = workspace.table(blocks);
+  const Block* blocks = workspace.table(plan.blocks, plan.num_blocks);
+  const int64_t* groups_of_blocks = workspace.table(first_groups(plan, &groups));
   const Piece* pieces = workspace.table(plan.pieces, plan.num_pieces);
   const TensorRef* params = workspace.table(job.params, tensors);
+
+  const ApplyParams all = {nullptr,         0,         plan.num_blocks, pieces, params,        updates,
+                           job.num_updates, job.total, groups,          0,      job.overwrite, {}};
+  const auto list = [&](const Takes& takes) {
+    ApplyParams part = all;
+    const auto listed = block_table(plan, takes, &part.items);
+    part.blocks = workspace.table(listed);
+    part.listed = static_cast<int64_t>(listed.size());
+    return part;
+  };
+  const bool matrix = takes_matrix_units(job.basis, job.wide);
+  ordinary = list(matrix ? kFew : kOrdinary);
+  if (matrix) some = list(kSome), many = list(kMany);
   const Coordinates to = job.wide ? lay_out_coordinates<double>(job, groups, workspace)
                                   : lay_out_coordinates<float>(job, groups, workspace);
-  prepare = {plain_blocks, groups_of_blocks, plan.num_blocks, updates, job.num_updates, job.gammas, job.total,
-             groups,       job.basis,        job.alpha,       to};
-  apply = {apply_blocks, plan.num_blocks, pieces, params,        updates, job.num_updates,
-           job.total,    groups,          items,  job.overwrite, to};
+  ordinary.coordinates = some.coordinates = many.coordinates = to;
+  prepare = {blocks, groups_of_blocks, plan.num_blocks, updates, job.num_updates, job.gammas, job.total,
+             groups, job.basis,        job.alpha,       to};
 }
 
 template <class Real>
@@ -296,8 +296,14 @@ Status run(const ApplyLaunches& launches, Basis basis, CUstream_st* stream) {
   if (!status.ok()) return status;
   status = launch("weigh_kernel", weigh_kernel<Real>, divide_up(prepare.num_blocks, kThreads), stream, prepare);
   if (!status.ok()) return status;
-  const int64_t ctas = std::min(divide_up(launches.apply.items, kWarps), kCtas);
-  return launch("apply_kernel", apply_kernel_of<Real>(basis), ctas, stream, launches.apply);
+  const auto start = [&](const char* where, void (*kernel)(ApplyParams), const ApplyParams& params) {
+    const int64_t ctas = std::min(divide_up(params.items, kWarps), kCtas);
+    if (status.ok()) status = launch(where, kernel, ctas, stream, params);
+  };
+  start("apply_kernel", apply_kernel_of<Real>(basis), launches.ordinary);
+  start("apply_matrix_kernel", apply_matrix_kernel<16>, launches.some);
+  start("apply_matrix_kernel", apply_matrix_kernel<kGroup>, launches.many);
+  return status;
 }
 
 }  // namespace
@@ -305,6 +311,7 @@ Status run(const ApplyLaunches& launches, Basis basis, CUstream_st* stream) {
 size_t apply_workspace(const ApplyJob& job) { return ApplyLaunches(job, nullptr).workspace.bytes(); }
 
 Status apply(const ApplyJob& job, void* workspace, size_t bytes, CUstream_st* stream) {
+  if (!path_is_known()) return unknown_path();
   const ApplyLaunches launches(job, workspace);
   const Status status = launches.workspace.upload(bytes, stream);
   if (!status.ok()) return status;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ void for_each_run(const Piece* pieces, const BlockPie
   }
 }
 
-// A lane's share of a span: n elements at the positions first + i * stride.
+// A lane's share of a span: elements at ascending positions, here first + i * stride.
 struct LanePlaces {
   int first, stride;
 
@@ -97,43 +98,88 @@ __device__ __forceinline__ T* elements_at(void* data, int64_t first) {
   return at;
 }
 
-template <class T, int n, class Real>
-__device__ __forceinline__ void load_as(void* data, const Run& run, LanePlaces places, Real (&x)[n]) {
-  const T* from = elements_at<T>(data, run.at + places.first);
+// Up to 16 bytes of consecutive elements, which one instruction reads or writes where they are aligned.
+template <class T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
+  T x[n];
+};
+
+template <class T, int n>
+__device__ __forceinline__ bool is_aligned(const T* at) {
+  return reinterpret_cast<uintptr_t>(at) % alignof(Vector<T, n>) == 0;
+}
+
+// Where a run has all of a lane's elements, as it has nearly everywhere, they are not asked for one by one.
+template <int n, class Places>
+__device__ __forceinline__ bool has_all(const Run& run, Places places) {
+  return run.has(places[0]) && run.has(places[n - 1]);
+}
+
+template <int n, class Places>
+__device__ __forceinline__ bool are_consecutive(Places places) {
+  return places[n - 1] - places[0] == n - 1;
+}
+
+template <class T, int n, class Places, class Real>
+__device__ __forceinline__ void load_as(void* data, const Run& run, Places places, Real (&x)[n]) {
+  const T* from = elements_at<T>(data, run.at + places[0]);
+  const bool all = has_all<n>(run, places);
+  if (are_consecutive<n>(places) && all && is_aligned<T, n>(from)) {
+    const auto vector = *reinterpret_cast<const Vector<T, n>*>(from);
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    if (run.has(places[i])) x[i] = static_cast<Real>(to_float(from[i * places.stride]));
+    for (int i = 0; i < n; ++i) x[i] = static_cast<Real>(to_float(vector.x[i]));
+  } else if (!are_consecutive<n>(places) && all) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = static_cast<Real>(to_float(from[places[i] - places[0]]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (run.has(places[i])) x[i] = static_cast<Real>(to_float(from[places[i] - places[0]]));
+    }
   }
 }
 
 // x[i] = the element at places[i], in the working precision, where the run has it.
-template <int n, class Real>
-__device__ __forceinline__ void load(const TensorRef& tensor, const Run& run, LanePlaces places, Real (&x)[n]) {
+template <int n, class Places, class Real>
+__device__ __forceinline__ void load(const TensorRef& tensor, const Run& run, Places places, Real (&x)[n]) {
   switch (tensor.dtype) {
     case Dtype::float32: return load_as<float>(tensor.data, run, places, x);
     case Dtype::bfloat16: return load_as<bfloat16_t>(tensor.data, run, places, x);
     case Dtype::float16: return load_as<float16_t>(tensor.data, run, places, x);
-    case Dtype::float64: return load_as<double>(tensor.data, run, places, x);
+    case Dtype::float64:  // makes the working precision float64
+      if constexpr (std::is_same<Real, double>::value) return load_as<double>(tensor.data, run, places, x);
   }
 }
 
-template <class T, int n, class Real>
-__device__ __forceinline__ void store_as(void* data, const Run& run, LanePlaces places, const Real (&x)[n]) {
-  T* to = elements_at<T>(data, run.at + places.first);
+template <class T, int n, class Places, class Real>
+__device__ __forceinline__ void store_as(void* data, const Run& run, Places places, const Real (&x)[n]) {
+  T* to = elements_at<T>(data, run.at + places[0]);
+  const bool all = has_all<n>(run, places);
+  if (are_consecutive<n>(places) && all && is_aligned<T, n>(to)) {
+    Vector<T, n> vector;
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    if (run.has(places[i])) store_rounded(x[i], &to[i * places.stride]);
+    for (int i = 0; i < n; ++i) store_rounded(x[i], &vector.x[i]);
+    *reinterpret_cast<Vector<T, n>*>(to) = vector;
+  } else if (!are_consecutive<n>(places) && all) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) store_rounded(x[i], &to[places[i] - places[0]]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (run.has(places[i])) store_rounded(x[i], &to[places[i] - places[0]]);
+    }
   }
 }
 
 // The reverse of load, rounded once to the tensor's dtype.
-template <int n, class Real>
-__device__ __forceinline__ void store(const TensorRef& tensor, const Run& run, LanePlaces places, const Real (&x)[n]) {
+template <int n, class Places, class Real>
+__device__ __forceinline__ void store(const TensorRef& tensor, const Run& run, Places places, const Real (&x)[n]) {
   switch (tensor.dtype) {
     case Dtype::float32: return store_as<float>(tensor.data, run, places, x);
     case Dtype::bfloat16: return store_as<bfloat16_t>(tensor.data, run, places, x);
     case Dtype::float16: return store_as<float16_t>(tensor.data, run, places, x);
-    case Dtype::float64: return store_as<double>(tensor.data, run, places, x);
+    case Dtype::float64:
+      if constexpr (std::is_same<Real, double>::value) return store_as<double>(tensor.data, run, places, x);
   }
 }
 

@@ -2,6 +2,7 @@
 
 kernel_resources.py compile COMMAND ..   runs a compiler and keeps ptxas's lines beside the object file
 kernel_resources.py report OBJECT ..     prints those of all the objects as one table
+kernel_resources.py check OBJECT ..     the same, and fails where a kernel spills or uses local memory
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ def demangle(names: list[str]) -> list[str]:
     return run.stdout.splitlines()
 
 
-def report(logs: list[str]) -> str:
-    kernels = [kernel for log in logs for kernel in parse(log)]
+def in_local_memory(kernels: list[Kernel]) -> str:
+    """Names those that use it, which is slow: registers that are spilled, arrays that have no registers."""
+    bad = [f"{k.name} ({k.architecture}: {k.spills} B spilled, {k.stack} B of stack)" for k in kernels]
+    return ", ".join(text for text, k in zip(bad, kernels, strict=True) if k.spills or k.stack)
+
+
+def report(kernels: list[Kernel]) -> str:
     names = [name.replace("(anonymous namespace)::", "") for name in demangle([k.name for k in kernels])]
     lines = [
         f"{k.architecture:>7} {k.registers:9d} {k.spills:7d} {k.stack:7d} {k.shared:8d}  {name}"
@@ -69,4 +75,7 @@ def report(logs: list[str]) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
         sys.exit(compile_and_keep(sys.argv[2:]))
-    print(report([Path(path + SUFFIX).read_text() for path in sys.argv[2:]]))
+    kernels = [kernel for path in sys.argv[2:] for kernel in parse(Path(path + SUFFIX).read_text())]
+    print(report(kernels))
+    if sys.argv[1] == "check" and (bad := in_local_memory(kernels)):
+        sys.exit(f"local memory: expected none, got some in {bad}")

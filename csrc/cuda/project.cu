@@ -7,11 +7,9 @@
 // column folds the four values. Nodes' sums go to the workspace and are folded to the root by fold_kernel. Which level
 // the units have, how columns are batched and calls are shared out changes no bit: integer sums have no order, and
 // float64 sums only the tree's.
-#include <cstdlib>
-#include <string>
-
 #include "fold.cuh"
 #include "matrix.cuh"
+#include "path.h"
 #include "stage.cuh"
 #include "workspace.cuh"
 
@@ -57,11 +55,13 @@ __device__ __forceinline__ void sum_calls(const RoundKeys& keys, uint64_t first_
     if (headers[tile].has_integers()) {
       for (int call = share.call; call < Shape::calls; call += share.call_step) {
         const Words words = stream_words(keys, basis, (first_tile + tile) * Shape::calls + call, column);
+#pragma unroll
         for (int limb = 0; limb < limbs; ++limb) {
           add_call<basis>(words, &stage.q[limb][tile * Shape::tile_stride + call * Shape::call_stride], sums[limb]);
         }
       }
     }
+#pragma unroll
     for (int limb = 0; limb < limbs; ++limb) stage.sums[limb][share.slot(share.call, tile)] = sums[limb];
   }
 }
@@ -72,6 +72,7 @@ __device__ __forceinline__ double tile_value(const cuda::Stage<basis, Real>& sta
                                              int tile, const Share& share) {
   if (!header.has_integers()) return header.exponent == kZeroExponent ? 0.0 : Limits<double>::nan;
   int64_t sums[2] = {};
+#pragma unroll
   for (int limb = 0; limb < Working<Real>::limbs; ++limb) {
     int64_t raw = 0;
     for (int part = 0; part < share.call_step; ++part) raw += stage.sums[limb][share.slot(part, tile)];
@@ -222,17 +223,6 @@ std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockP
   return blocks;
 }
 
-// FERRET_CUDA_PATH=mma takes blocks with K_l >= 16 to the matrix units; the default is simt until both are measured.
-// Bits do not depend on it. Read at every call, so that both can be compared in one process.
-std::string wanted_path() {
-  const char* path = std::getenv("FERRET_CUDA_PATH");
-  return path == nullptr || *path == '\0' ? "simt" : path;
-}
-
-bool matrix_path(const ProjectJob& job) {
-  return wanted_path() == "mma" && job.stream.basis == Basis::rademacher && !job.wide;
-}
-
 struct ProjectLaunches {
   Workspace workspace;
   ProjectParams project = {};  // the blocks that the ordinary units take
@@ -249,7 +239,7 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
   int64_t tensors = 0;
   for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
 
-  const int64_t most = matrix_path(job) ? kMatrixColumns - 1 : INT64_MAX - 1;
+  const int64_t most = takes_matrix_units(job.stream.basis, job.wide) ? kLeastMatrixColumns - 1 : INT64_MAX - 1;
   const auto few = block_table(plan, pieces, levels[0], 1, most, &project.items);
   const auto many = block_table(plan, pieces, levels[0], most + 1, INT64_MAX, &matrix.items);
   project.blocks = workspace.table(few);
@@ -289,9 +279,7 @@ void (*project_kernel_of(Basis basis))(ProjectParams) {
 }
 
 Status run(const ProjectLaunches& launches, const ProjectJob& job, size_t bytes, CUstream_st* stream) {
-  if (const std::string path = wanted_path(); path != "simt" && path != "mma") {
-    return check(cudaErrorInvalidValue, "FERRET_CUDA_PATH, which must be simt or mma");
-  }
+  if (!path_is_known()) return unknown_path();
   Status status = launches.workspace.upload(bytes, stream);
   if (!status.ok()) return status;
   const auto kernel =

@@ -82,9 +82,9 @@ struct Share {
 
 // ---- tile -> integers ----
 
-template <class Real>
-__device__ __forceinline__ void load_tile(const Deltas& deltas, const BlockPieces& pieces, uint64_t tile,
-                                          LanePlaces places, Real (&x)[kPerLane]) {
+template <class Places, class Real>
+__device__ __forceinline__ void load_tile(const Deltas& deltas, const BlockPieces& pieces, uint64_t tile, Places places,
+                                          Real (&x)[kPerLane]) {
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = 0;
   for_each_run(deltas.pieces, pieces, tile * kTile, kTile, [&](const Run& run) {
@@ -105,24 +105,58 @@ inline constexpr int kNoSize = std::is_same<Real, float>::value ? 0 : kZeroExpon
 __device__ __forceinline__ int size_of(float x) { return static_cast<int>(float_to_bits(x) & 0x7FFFFFFFu); }
 __device__ __forceinline__ int size_of(double x) { return exponent_or_zero(x); }
 
-// n of a warp's tile, from every lane's largest size.
-template <class Real>
-__device__ __forceinline__ int tile_exponent(int size) {
-  int n = __reduce_max_sync(kAllLanes, size);
-  if constexpr (std::is_same<Real, float>::value) n = exponent_or_zero(bits_to_float(static_cast<uint32_t>(n)));
-  return n == kZeroExponent ? n : max(n, Working<Real>::min_tile_exponent);
+// n of a warp's tile, from the largest size in it.
+__device__ __forceinline__ int tile_exponent(int largest, float) {
+  const int n = exponent_or_zero(bits_to_float(static_cast<uint32_t>(largest)));
+  return n == kZeroExponent ? n : max(n, Working<float>::min_tile_exponent);
+}
+__device__ __forceinline__ int tile_exponent(int largest, double) {
+  return largest == kZeroExponent ? largest : max(largest, Working<double>::min_tile_exponent);
 }
 
-// q and q'. A float32 of 22 bits is rounded in float32.
+// q and q' of a tile whose exponent is n, for the size of its largest element.
 template <class Real>
-__device__ __forceinline__ Limbs to_limbs(Real scaled) {
-  constexpr int32_t limit = (1 << kDeltaBits) - 1;
-  Limbs q = {clamp(round_to_int(scaled), -limit, limit), 0};
-  if constexpr (Working<Real>::limbs == 2) {
-    q.lo = clamp(round_to_int((scaled - q.hi) * static_cast<Real>(1 << kDeltaBits)), -limit, limit);
+struct TileScale;
+
+template <>
+struct TileScale<double> {
+  static constexpr int32_t limit = (1 << kDeltaBits) - 1;
+  Scale<double> scale;
+
+  __device__ __forceinline__ TileScale(int n, int, double (&)[kPerLane]) : scale(kDeltaBits, n) {}
+  __device__ __forceinline__ Limbs operator()(double x) const {
+    const double scaled = scale(x);
+    const int32_t hi = clamp(round_to_int(scaled), -limit, limit);
+    return {hi, clamp(round_to_int((scaled - hi) * static_cast<double>(1 << kDeltaBits)), -limit, limit)};
   }
-  return q;
-}
+};
+
+// Scaling and rounding are one fused multiply-add: x 2^(22 - n) is exact, and its sum with 1.5 2^23 has the integer in its
+// low bits. Rare tiles are changed first, so that others need no more: where 2^(n - 22) is no normal float32 the tile is
+// made larger, exactly; where its largest element would become 2^22 all are limited to what becomes 2^22 - 1.
+template <>
+struct TileScale<float> {
+  static constexpr int32_t limit = (1 << kDeltaBits) - 1;
+  static constexpr int32_t offset = 0x4B400000;  // bits of 1.5 2^23
+  float factor;
+
+  __device__ __forceinline__ TileScale(int n, int size, float (&x)[kPerLane]) {
+    const bool tiny = n < kDeltaBits - 126;
+    const float up = tiny ? 0x1p64f : 1.0f, largest = bits_to_float(static_cast<uint32_t>(size)) * up;
+    if (tiny) n += 64;
+    factor = power_of_two(kDeltaBits - n, float());
+    if (tiny || raw(largest) > offset + limit) {
+      const float most = static_cast<float>(limit) * power_of_two(n - kDeltaBits, float());
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] = clamp(x[i] * up, -most, most);
+    }
+  }
+  // q + offset.
+  __device__ __forceinline__ int32_t raw(float x) const {
+    return static_cast<int32_t>(float_to_bits(fused_multiply_add(x, factor, 12582912.0f)));
+  }
+  __device__ __forceinline__ Limbs operator()(float x) const { return {raw(x) - offset, 0}; }
+};
 
 // A warp's tile as integers and their sums.
 template <Basis basis, class Real>
@@ -134,15 +168,16 @@ __device__ __forceinline__ void quantise_tile(const Deltas& deltas, const BlockP
   int size = kNoSize<Real>;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) size = max(size, size_of(x[i]));
-  const int n = tile_exponent<Real>(size);
+  size = __reduce_max_sync(kAllLanes, size);
+  const int n = tile_exponent(size, Real());
   header.exponent = n;
   if (!header.has_integers()) return;
 
   int32_t sums[2] = {};
-  const Scale<Real> scale(kDeltaBits, n);
+  const TileScale<Real> scale(n, size, x);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const Limbs q = to_limbs(scale(x[i]));
+    const Limbs q = scale(x[i]);
     const int at = warp * Layout<basis>::tile_stride + Layout<basis>::place(places[i]);
     stage.q[0][at] = Layout<basis>::scaled(q.hi, places[i]);
     sums[0] += q.hi;

@@ -187,6 +187,13 @@ inline int __reduce_add_sync(unsigned, int value) {
   return static_cast<int>(emulator::cta.collect(value, [](int64_t a, int64_t b) { return a + b; }));
 }
 
+inline int __shfl_xor_sync(unsigned, int value, unsigned mask) {
+  const unsigned from = (threadIdx.x % emulator::kWarp) ^ mask;
+  int result = 0;
+  emulator::cta.share(value, [&](auto of_lane) { result = static_cast<int>(of_lane(from)); });
+  return result;
+}
+
 // Byte i of the result is the byte of `b:a` that digit i of the selector names.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = (uint64_t{b} << 32) | a;

@@ -146,7 +146,8 @@ void test_project_fold() {
 template <class Real>
 void test_project_extremes(Basis basis) {
   const double tiny = std::numeric_limits<Real>::denorm_min(), huge = std::numeric_limits<Real>::max();
-  for (const double value : {0.0, tiny, 3 * tiny, 0x1p-140, huge, 0x1.fffffep0, 1.0, -0.0}) {
+  for (const double value : {0.0, tiny, 3 * tiny, 0x1p-140, 0x1.fffffep-106, 0x1.fffffep-105, 0x1.fffffep-104,
+                             0x1.fffffcp-40, 0x1.fffff8p-40, huge, 0x1.fffffep0, 1.0, -0.0}) {
     Case c = single(contract::is_wide<Real> ? Dtype::float64 : Dtype::float32, 1024, 900, 900, 3);
     for (int64_t i = 0; i < 900; ++i) c.tensors[0].set(i, i < 512 ? value : i % 3 * value / 2);
     expect_project<Real>(c, nullptr, {kSeed, basis},
@@ -173,7 +174,7 @@ void test_project_poison(Basis basis) {
 
 template <class Real>
 void test_apply_columns(Basis basis) {
-  for (const int64_t columns : {1, 2, 3, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 130}) {
+  for (const int64_t columns : {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 130}) {
     Case c = single(Dtype::float32, 512 + 77, 100000, 300, columns);
     c.fill(columns);
     const auto what = label<Real>("apply", basis) + " K=" + std::to_string(columns);
@@ -314,30 +315,6 @@ void test_signed_digits() {
   check(ok, "signed digits");
 }
 
-// The matrix units give the same bits: columns in and between groups of 16, packed plans, extremes, poison.
-void test_matrix_path() {
-  setenv("FERRET_CUDA_PATH", "mma", 1);
-  test_project_columns<float>(Basis::rademacher);
-  test_project_plans<float>(Basis::rademacher);
-  for (const double value : {0.0, 0x1p-149, 0x1.fffffep0, 0x1.fffffep127}) {
-    for (const double sign : {1.0, -1.0}) {
-      Case c = single(Dtype::float32, 1024, 900, 900, 17);
-      for (int64_t i = 0; i < 900; ++i) c.tensors[0].set(i, i < 512 ? sign * value : i % 3 * value / 2);
-      expect_project<float>(c, nullptr, {kSeed, Basis::rademacher}, "matrix extreme " + std::to_string(value));
-    }
-  }
-  test_project_poison<float>(Basis::rademacher);
-  setenv("FERRET_CUDA_PATH", "fast", 1);
-  Case c = single(Dtype::float32, 0, 100, 100, 3);
-  auto refs = c.refs();
-  float gamma[3];
-  const ProjectJob job = {c.plan(), refs.data(), nullptr, {1, Basis::rademacher}, false, gamma};
-  auto buffer = workspace_of(cuda::project_workspace(job));
-  const auto status = cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr);
-  check(!status.ok() && std::strstr(status.where, "simt or mma") != nullptr, "an unknown path is an error");
-  unsetenv("FERRET_CUDA_PATH");
-}
-
 // ---- known answers ----
 
 struct Cuda {
@@ -415,17 +392,62 @@ void test_apply_packed(Basis basis) {
 }
 
 template <class Real>
-void test_all(Basis basis) {
-  test_project_columns<Real>(basis);
-  test_project_plans<Real>(basis);
-  test_project_extremes<Real>(basis);
-  test_project_poison<Real>(basis);
+void test_apply(Basis basis) {
   test_apply_columns<Real>(basis);
   test_apply_plans<Real>(basis);
   test_apply_many_columns<Real>(basis);
   test_apply_extremes<Real>(basis);
   test_apply_not_finite<Real>(basis);
   test_apply_packed<Real>(basis);
+}
+
+// Tensors that lie as vectors want them, of every dtype, and coordinates of the largest size.
+void test_apply_whole_spans() {
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+    for (const int64_t columns : {5, 16, 64, 65}) {
+      Case c = single(dtype, 2048, 4096, 2500, columns);
+      c.fill(columns);
+      auto updates = some_updates<float>(columns, 3);
+      for (int64_t k = 0; k < columns; ++k) updates[2].gamma[k] = k % 2 == 0 ? 0x1.fffffep0f : -0x1.fffffep0f;
+      expect_apply<float>(c, updates, Basis::rademacher, 0.7, "apply whole spans K=" + std::to_string(columns));
+    }
+  }
+}
+
+template <class Real>
+void test_all(Basis basis) {
+  test_project_columns<Real>(basis);
+  test_project_plans<Real>(basis);
+  test_project_extremes<Real>(basis);
+  test_project_poison<Real>(basis);
+  test_apply<Real>(basis);
+}
+
+// The matrix units give the same bits: columns in and between groups of 16, packed plans, extremes, poison.
+void test_matrix_path() {
+  setenv("FERRET_CUDA_PATH", "mma", 1);
+  test_project_columns<float>(Basis::rademacher);
+  test_project_plans<float>(Basis::rademacher);
+  for (const double value :
+       {0.0, 0x1p-149, 0x1p-107, 0x1.fffffep-106, 0x1.fffffep-105, 0x1.fffff8p-40, 0x1.fffffep0, 0x1.fffffep127}) {
+    for (const double sign : {1.0, -1.0}) {
+      Case c = single(Dtype::float32, 1024, 900, 900, 17);
+      for (int64_t i = 0; i < 900; ++i) c.tensors[0].set(i, i < 512 ? sign * value : i % 3 * value / 2);
+      expect_project<float>(c, nullptr, {kSeed, Basis::rademacher}, "matrix extreme " + std::to_string(value));
+    }
+  }
+  test_project_poison<float>(Basis::rademacher);
+  test_apply<float>(Basis::rademacher);
+  test_apply_whole_spans();
+  setenv("FERRET_CUDA_PATH", "fast", 1);
+  Case c = single(Dtype::float32, 0, 100, 100, 3);
+  auto refs = c.refs();
+  float gamma[3];
+  const ProjectJob job = {c.plan(), refs.data(), nullptr, {1, Basis::rademacher}, false, gamma};
+  auto buffer = workspace_of(cuda::project_workspace(job));
+  const auto status = cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr);
+  check(!status.ok() && std::strstr(status.where, "simt or mma") != nullptr, "an unknown path is an error");
+  unsetenv("FERRET_CUDA_PATH");
 }
 
 }  // namespace
