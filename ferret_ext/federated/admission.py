@@ -97,7 +97,8 @@ class Admission:
         ordered = [taken[client] for client in chosen if client in taken]
         messages, received, norms = zip(*ordered, strict=True)
         factors = self._factors(norms) if release is None else release.factors(norms)
-        return Updates(messages, received, factors, self.config.rule, self.config.trim, release), rejections
+        rule, trim = self.config.rule, self.config.trim
+        return Updates(messages, received, factors, rule, trim, release=release), rejections
 
     def remember(self, message: Message) -> None:
         """Takes the seeds in an update or a broadcast as used."""

@@ -573,6 +573,8 @@ def _check_secure(config: SimulationConfig) -> None:
             "client_weights: expected uniform where ferret.secure_aggregation is set, since the server could "
             f"not tell whether a client keeps to its weight, got {config.client_weights}"
         )
+
+
 def _check_privacy(config: SimulationConfig) -> None:
     """What differential privacy does not go with."""
     privacy, ferret = config.privacy, config.ferret

@@ -294,8 +294,9 @@ def test_a_connection_that_goes_away_disturbs_nobody(served: tuple[Path, Worker]
 def test_a_hello_is_answered_while_the_worker_trains(
     served: tuple[Path, Worker], leader: Leader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on for as long as it takes to answer one hello, and then some. Operators and torch let other
-    threads run: less than a second of the process's time goes by, however little of the machine it gets."""
+    """Training goes on for as long as it takes to answer one hello, and then some. Operators and torch let
+    other threads run: less than a second of the process's time goes by, however little of the machine it
+    gets."""
     begun, answered, waits = threading.Event(), threading.Event(), []
     train = LocalTrainer.train
 

@@ -209,7 +209,7 @@ class RemoteClients:
         self._stages = 0
         self._late_replies: list[Reply] = []
         self._calls: dict[str, Call] = {}
-        self._heard: set[tuple[int, int]] = set()  # round and client of every update, since calls are repeated
+        self._heard: set[tuple[int, int]] = set()  # round and client of every update: calls are repeated
         self._gathered = False
 
     def exchange(self, watcher: Watcher, round_: int, clients: list[int], server: Server[Any]) -> list[Reply]:

@@ -98,7 +98,8 @@ class Worker:
         self._member: Member | None = None
         # A client's keys, of which a worker that is started again has none.
         self._participants = {} if client is None else {client: Participant(client)}
-        self._last: tuple[bytes, int, int, bytes, Frame] | None = None  # run, round, client, invitation, answer
+        # The newest update's run, round, client, invitation and answer.
+        self._last: tuple[bytes, int, int, bytes, Frame] | None = None
         self._place = NO_DIGEST, 0  # run and broadcasts seen, for whoever asks meanwhile
 
     def greet(self, client: int | None = None) -> Frame:
