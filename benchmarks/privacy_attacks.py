@@ -41,7 +41,8 @@ from ferret_ext.federated.privacy import normal_of
 
 RATE, RECORDS, LENGTH, DELTA = 0.1, 4, 40, 1e-5
 SIZES = (None, 16384, 4096, 1024, 256, 64)  # coordinates; None: the whole update
-NOISES = (0.0, 1.0, 4.0)  # local noise over the norm that is clipped to
+NOISES = (0.0, 0.25, 1.0)  # local noise over the norm that is clipped to
+DRAWS = 10  # of the noise, for members
 Update = list[Tensor]
 
 
@@ -103,17 +104,17 @@ class Channel:
             None if count is None else BlockPlan.from_parameters(named, K=count, allocation="sqrt-size")
         )
 
-    def vector(self, update: Update, seed: int, noise: float = 0.0) -> Tensor:
+    def vector(self, update: Update, seed: int, noise: float = 0.0, draw: int = 0) -> Tensor:
         """noise: over the norm of what is sent, which it is clipped to."""
         if self.plan is None:
-            return noisy(torch.cat([tensor.flatten() for tensor in update]), noise, seed)
+            return noisy(torch.cat([tensor.flatten() for tensor in update]), noise, seed, draw)
         zeros = [torch.zeros_like(tensor) for tensor in update]
         gammas = ferret_ext.project_difference(self.plan, update, zeros, seed)
-        return noisy(gammas, noise, seed) * self._scales(self.plan)
+        return noisy(gammas, noise, seed, draw) * self._scales(self.plan)
 
     def rebuilt(self, vector: Tensor, like: Update, seed: int) -> Update:
         if self.plan is None:
-            parts = vector.split([tensor.numel() for tensor in like])
+            parts = torch.split(vector, [tensor.numel() for tensor in like])
             return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
         update = [torch.zeros_like(tensor) for tensor in like]
         ferret_ext.apply_(self.plan, update, [(seed, vector / self._scales(self.plan), 1.0)], 1.0)
@@ -125,10 +126,10 @@ class Channel:
         return torch.cat([torch.full((block.k,), (block.k / block.numel) ** 0.5) for block in plan.blocks])
 
 
-def noisy(vector: Tensor, noise: float, seed: int) -> Tensor:
+def noisy(vector: Tensor, noise: float, seed: int, draw: int = 0) -> Tensor:
     """With this much noise over its norm in every number."""
     std = noise * vector.norm().item()
-    random = normal_of(seed, round(1000 * noise))
+    random = normal_of(seed, round(1000 * noise), draw)
     return vector + std * torch.from_numpy(random(len(vector))).float() if noise else vector
 
 
@@ -163,11 +164,14 @@ def members(victim: Victim, clients: int) -> list[dict[str, Any]]:
         for client, update in enumerate(updates):
             seed, at = 1000 + client, slice(client * RECORDS, (client + 1) * RECORDS)
             shared = channel.vector(common, seed)
-            sent = {noise: channel.vector(update, seed, noise) for noise in NOISES}
+            sent = {
+                noise: [channel.vector(update, seed, noise, draw) for draw in range(DRAWS if noise else 1)]
+                for noise in NOISES
+            }
             for side, part in enumerate((gradients_in[at], gradients_out[at])):
                 guesses = [channel.vector(gradient, seed) for gradient in part]
                 for noise, scores in single.items():
-                    scores[side].extend(cosine(sent[noise], guess, shared) for guess in guesses)
+                    scores[side].extend(cosine(it, guess, shared) for it in sent[noise] for guess in guesses)
         summed_up, shared = channel.vector(together, 1), channel.vector(common, 1)
         for side, every in enumerate((gradients_in, gradients_out)):
             summed[side].extend(cosine(summed_up, channel.vector(guess, 1), shared) for guess in every)
@@ -201,7 +205,8 @@ def scores_of(victim: Victim) -> dict[str, Score]:
     def span(update: Update) -> Tensor:
         stacked = torch.cat([update[index] for index in inputs])
         rows = torch.linalg.svd(stacked, full_matrices=False).Vh[: LENGTH - 1]
-        return (normed @ rows.T).norm(dim=1)
+        scores: Tensor = torch.linalg.vector_norm(normed @ rows.T, dim=1)
+        return scores
 
     return {
         "rows": lambda update: update[embedding].norm(dim=1),

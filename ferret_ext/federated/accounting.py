@@ -96,7 +96,7 @@ class Accountant:
                 "which allows for giving away one client's records whole; lower privacy.delta"
             )
         if privacy.sampling == "secret":
-            lines.append("privacy: metrics.jsonl and privacy.key tell who was drawn; keep them to yourself")
+            lines.append("privacy: metrics.jsonl and draws.key tell who was drawn; keep them to yourself")
         if privacy.noise_seed is not None:
             lines.append("privacy: none, since privacy.noise_seed lets everybody take the noise off again")
         return lines

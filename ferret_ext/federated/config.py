@@ -611,6 +611,11 @@ def _check_privacy(config: SimulationConfig) -> None:
             f"robust.rule: expected mean {where}, got {config.robust.rule}",
         ),
         (
+            projects and ferret.secure_aggregation and privacy.noise == "central",
+            "privacy.noise: expected distributed or local where ferret.secure_aggregation is set, since a "
+            "server that sees the sum alone cannot clip updates, got central",
+        ),
+        (
             config.client_weights in ("examples", "batches"),
             f"client_weights: expected auto or uniform {where}, got {config.client_weights}",
         ),

@@ -3,7 +3,7 @@
     ledger, ledger.head                         the rounds that count, see `ledger`
     snapshots/round-R.safetensors               the weights after round R, and what else the next one needs
     optimizers/client-C-round-R.safetensors     of clients that keep their optimiser's state between rounds
-    privacy.key                                 by which clients are drawn where nobody may learn who is
+    draws.key                                   by which clients are drawn where nobody may learn who is
     pending.json                                the seconds of the newest round, until it is evaluated
 
 The ledger alone says what the model is. A snapshot only saves time: one that is missing or damaged is passed
@@ -41,7 +41,7 @@ from ferret_ext.federated.wire import Message, WireError
 LEDGER = "ledger"
 HEAD = LEDGER + ledger.HEAD_SUFFIX
 PENDING = "pending.json"
-KEY = "privacy.key"
+KEY = "draws.key"
 KEY_BITS = 128
 FILES = (HEAD, LEDGER, PENDING, KEY, "snapshots", "optimizers")
 

@@ -100,7 +100,8 @@ class SecureFerret(SharedFerret):
         assert updates.summed is not None, "an update that is still masked"
         total, bits = updates.summed.integers, updates.summed.bits
         unit = integers.units(replica.plan, replica.reaches, bits)
-        mean = rounded(total.astype(float) * unit / len(updates.messages))
+        count = len(updates.messages) if updates.release is None else updates.release.expected
+        mean = rounded(total.astype(float) * unit / count)
         return {
             **self.broadcast_of(replica, mean),
             "reaches": integers.next_reaches(replica.plan, replica.reaches, mean),
