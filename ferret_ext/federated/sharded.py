@@ -109,7 +109,9 @@ class ShardedTrainer(LocalTrainer):
         if not all(map(math.isfinite, losses)):
             raise DivergedError(DIVERGED)
         held = optimizer.param_groups[0]["params"]
-        for part, param in zip(held, params, strict=True):
+        for part, here, param in zip(held, fsdp.local(params), params, strict=True):
+            if part.data_ptr() != here.data_ptr():
+                raise RuntimeError("sharded: expected FSDP2 to leave parts where they are, got another place")
             part.grad = None if param.grad is None else fsdp.local([param.grad])[0]
             param.grad = None
         if self.config.max_grad_norm is not None:

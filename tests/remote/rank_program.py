@@ -200,7 +200,8 @@ def fail() -> None:
 if __name__ == "__main__":
     folder, device, *options = sys.argv[1:]
     torch.set_num_threads(1)
-    fault, team.PATIENCE = os.environ.get("FERRET_TEST_FAULT"), 2.0
+    fault = os.environ.get("FERRET_TEST_FAULT")
+    team.PATIENCE = 2.0 if fault else 900.0  # ranks of a busy machine may come to the same error far apart
     if fault is None:
         joined = Ranks.join(device)
         found = dict(results(joined))

@@ -34,7 +34,7 @@ from ferret_link.frames import FrameError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("rank_program.py")
-LONG = 300  # seconds for what may be slow on a busy machine
+LONG = 900  # seconds for what may be slow on a busy machine
 
 # ---- a step's batches over the ranks
 
