@@ -7,9 +7,9 @@ A round sends every client that was drawn the broadcasts that it has not seen, a
     `federation.max_deadline`, and then the run stops where updates are fewer than the quorum.
 
 Clients are known by the number that they say they are, never by their connection: that may change while a
-run goes on. A call is repeated when its connection is gone, when it fails on the way, and when no answer
-comes: after `federation.min_deadline`, then after twice as long and so on, up to the deadline, since that of
-the first round may be an hour. A client that is asked again answers as before without training again.
+run goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline;
+before there are reply times after `federation.min_deadline`, then after twice as long and so on, since the
+deadline may then be an hour. A client that is asked again answers as before without training again.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class Deadlines:
         self._times.setdefault(round_, []).append(seconds)
         for old in sorted(self._times)[:-ROUNDS_BACK]:
             del self._times[old]
+
+    def patience(self, calls: int) -> float:
+        """How long to wait for the answer to the last of so many calls before the next."""
+        if self._times:
+            return self.seconds
+        return min(self.seconds, self._config.min_deadline * 2.0 ** (calls - 1))
 
     @property
     def seconds(self) -> float:
@@ -240,10 +246,7 @@ class RemoteClients:
 
     def _repeat_at(self, sent: Sequence[float]) -> float:
         """When to call a client again that was called at these times in vain."""
-        if not sent:
-            return -math.inf
-        patience = self._config.min_deadline * 2.0 ** (len(sent) - 1)
-        return max(sent) + min(patience, self._deadlines.seconds)
+        return max(sent) + self._deadlines.patience(len(sent)) if sent else -math.inf
 
     def _call(self, state: Round, client: int, server: Server[Any], now: float) -> None:
         node, since = self._roster.node_of[client], self._roster.seen[client]
