@@ -342,6 +342,13 @@ def test_the_deadline_is_a_multiple_of_the_slowest_tenths_time() -> None:
     assert rule.seconds == 18
 
 
+def test_a_call_is_waited_for_longer_each_time_until_there_are_reply_times() -> None:
+    rule = deadlines(min_deadline=30.0, max_deadline=200.0, deadline_factor=3.0)
+    assert [rule.patience(calls) for calls in range(1, 5)] == [30, 60, 120, 200]
+    rule.note(1, 20.0)
+    assert rule.patience(1) == rule.patience(4) == rule.seconds == 60
+
+
 def test_the_deadline_looks_at_the_last_five_rounds() -> None:
     rule = deadlines(deadline_factor=3.0, min_deadline=1.0)
     rule.note(1, 100.0)

@@ -9,9 +9,9 @@ A round sends every client that takes part the broadcasts that it has not seen, 
 What else an algorithm asks of clients, before or after, goes the same way, with deadlines of its own.
 
 Clients are known by the number that they say they are, never by their connection: that may change while a
-run goes on. A call is repeated when its connection is gone, when it fails on the way, and when no answer
-comes: after `federation.min_deadline`, then after twice as long and so on, up to the deadline, since that of
-the first round may be an hour. A client that is asked again answers as before without training again.
+run goes on. A call is repeated when its connection is gone, when it fails on the way, and after the deadline;
+before there are reply times after `federation.min_deadline`, then after twice as long and so on, since the
+deadline may then be an hour. A client that is asked again answers as before without training again.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class Deadlines:
         self._times.setdefault(round_, []).append(seconds)
         for old in sorted(self._times)[:-ROUNDS_BACK]:
             del self._times[old]
+
+    def patience(self, calls: int) -> float:
+        """How long to wait for the answer to the last of so many calls before the next."""
+        if self._times:
+            return self.seconds
+        return min(self.seconds, self._config.min_deadline * 2.0 ** (calls - 1))
 
     @property
     def seconds(self) -> float:
@@ -292,10 +298,7 @@ class RemoteClients:
 
     def _repeat_at(self, stage: Stage, sent: Sequence[float]) -> float:
         """When to call a client again that was called at these times in vain."""
-        if not sent:
-            return -math.inf
-        patience = self._config.min_deadline * 2.0 ** (len(sent) - 1)
-        return max(sent) + min(patience, stage.deadlines.seconds)
+        return max(sent) + stage.deadlines.patience(len(sent)) if sent else -math.inf
 
     def _call(self, stage: Stage, client: int, now: float) -> None:
         node, (frame, size, timed) = self._roster.node_of[client], stage.call(client)
