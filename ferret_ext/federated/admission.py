@@ -51,8 +51,8 @@ class Admission:
     algorithm: Algorithm[Any]
     config: RobustConfig
     equal_weights: bool = False
-    used: UsedSeeds = field(default_factory=UsedSeeds)
     release: Callable[[int], Release | None] = lambda round_: None
+    used: UsedSeeds = field(default_factory=UsedSeeds)
 
     def __post_init__(self) -> None:
         if self.config.rule not in self.algorithm.rules:

@@ -53,7 +53,7 @@ class Server(Generic[R]):
         self.algorithm = algorithm
         self.draws = draws or Draws(clients, fraction, seed, over_selection)
         release = partial(Release.of, privacy or PrivacyConfig(), self.draws.expected)
-        self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights, release=release)
+        self.admission = Admission(algorithm, robust or RobustConfig(), equal_weights, release)
         self.replica = algorithm.replicate(model)
         self.replica.run = run
         if verify_weights:
