@@ -18,7 +18,7 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
-from federation import KINDS, Site, make_parser, processes, repeat, run_to_end
+from real_federation import KINDS, Site, make_parser, processes, repeat, run_to_end
 
 from ferret_ext.federated.engines.flower.processes import free_port
 

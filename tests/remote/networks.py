@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
-from federation import Site, make_parser, repeat, run_to_end
+from real_federation import Site, make_parser, repeat, run_to_end
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 PORT = 9092

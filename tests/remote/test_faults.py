@@ -17,8 +17,8 @@ pytest.importorskip("flwr", reason="flwr is not installed (pip install '.[flower
 
 import crashes
 import networks
-from federation import outcome, undisturbed
 from networks import Wire, namespace
+from real_federation import outcome, undisturbed
 
 pytestmark = pytest.mark.slow
 
