@@ -267,6 +267,10 @@ def test_hashes_of_single_updates_are_not_told_where_sums_are_private() -> None:
         ({"algorithm": "fedavg", "client_weights": "examples"}, "client_weights: expected auto or uniform"),
         ({"noise": "distributed", "ferret.seeds": "shared-round"}, "ferret.coordinates: expected float32"),
         ({"noise": "distributed", "algorithm": "fedavg", "dtype": "bfloat16"}, "dtype: expected float32"),
+        (
+            {"ferret.secure_aggregation": True, "ferret.seeds": "shared-round"},
+            "privacy.noise: expected distributed or local where ferret.secure_aggregation is set",
+        ),
         ({"noise": "local", "sampling": "secret"}, "privacy.sampling: expected public .* local, got secret"),
         (
             {"algorithm": "fedavg", "sampling": "secret", "federation.over_selection": 0.5},
@@ -319,6 +323,23 @@ def interrupted_in(monkeypatch: pytest.MonkeyPatch, round_: int) -> None:
         return original(self, rounds, now, *rest)
 
     monkeypatch.setattr(Evaluator, "after_round", after_round)
+
+
+def test_noise_of_clients_goes_with_secure_aggregation(tmp_path: Path) -> None:
+    """The same noise under masks: the same run, but for the rounding to integers, and the same epsilon."""
+    more = (
+        "privacy.noise=distributed",
+        "privacy.noise_multiplier=2",
+        "privacy.noise_seed=7",
+        "robust.quorum=2",
+    )
+    plain, masked = tmp_path / "plain", tmp_path / "masked"
+    assert simulate(plain, *more) == 0
+    assert simulate(masked, *more, "ferret.secure_aggregation=true", "ferret.coordinates=auto") == 0
+    for row, other in zip(read_metrics(plain), read_metrics(masked), strict=True):
+        assert other["eval_loss"] == pytest.approx(row["eval_loss"], rel=1e-3)
+        assert other["epsilon"] == row["epsilon"]
+    assert read_metrics(masked)[-1]["epsilon"] is not None
 
 
 def test_a_run_that_goes_on_has_spent_what_it_has(

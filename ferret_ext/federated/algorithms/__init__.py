@@ -54,7 +54,7 @@ def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
     if chosen.secure_aggregation:
         from ferret_ext.federated.secure.ferret import SecureFerret  # which stands on this package
 
-        return SecureFerret(chosen, step, train, derive(seed, "bases"))
+        return SecureFerret(chosen, step, train, derive(seed, "bases"), privacy=_client_side(config))
     if chosen.seeds == "shared-round":
         return SharedFerret(chosen, step, train, derive(seed, "bases"), privacy=_client_side(config))
     return Ferret(chosen, step, train, privacy=_client_side(config))
