@@ -146,9 +146,11 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         for epsilon, algorithm in product(options.epsilons, CLIPS):
             row = found.setdefault((algorithm, epsilon), {"algorithm": algorithm, "epsilon": epsilon})
             runs, tried = row.setdefault("runs", {}), row.setdefault("tried", {})
-            steps = options.steps if seed == options.seeds[0] else [row["step"]]
-            missing = [step for step in steps if str(seed) not in runs or f"{step:g}" not in tried]
-            if not missing or (len(steps) == 1 and str(seed) in runs):
+            if seed == options.seeds[0]:
+                missing = [step for step in options.steps if f"{step:g}" not in tried]
+            else:
+                missing = [row["step"]] if str(seed) not in runs else []
+            if not missing:
                 continue
             task = task or prepare(options, seed)
             config = private(config_of(options, algorithm, seed), epsilon)
