@@ -16,6 +16,7 @@ import signal
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from real_federation import KINDS, Site, make_parser, processes, repeat, run_to_end
@@ -31,20 +32,22 @@ class Reaper:
     def __init__(self, mark: str, deaths: int, draw: random.Random) -> None:
         self._mark, self._deaths, self._draw = mark, deaths, draw
         self._next = time.monotonic() + draw.uniform(4, 20)
+        self._kind: str | None = None  # whose turn it is
         self.killed: Counter[str] = Counter()
 
     def __call__(self) -> None:
-        """Kills one if it is time."""
+        """Kills one if it is time; where there is none of the kind whose turn it is, once there is."""
         if self.killed.total() >= self._deaths or time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + self._draw.expovariate(1 / QUIET)
-        kind = self._draw.choice(list(KINDS))
-        if living := processes(self._mark)[kind]:
-            try:
-                os.kill(self._draw.choice(living), signal.SIGKILL)
-            except ProcessLookupError:
-                return
-            self.killed[kind] += 1
+        self._kind = self._kind or self._draw.choice(list(KINDS))
+        living = processes(self._mark)[self._kind]
+        if not living:
+            self._next = time.monotonic() + self._draw.uniform(0, 1)
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self._draw.choice(living), signal.SIGKILL)
+            self.killed[self._kind] += 1
+        self._kind, self._next = None, time.monotonic() + self._draw.expovariate(1 / QUIET)
 
 
 def federate(folder: Path, deaths: int, draw: random.Random) -> Counter[str]:

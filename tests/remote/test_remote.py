@@ -186,6 +186,28 @@ def test_who_connects_is_told_in_one_line(count: int, line: str) -> None:
     assert lines == [line]
 
 
+def test_a_node_that_is_slow_to_say_who_it_is_is_heard_at_last() -> None:
+    """Each of its answers comes after the patience with it is over, and it is asked ever more rarely."""
+    link, lines = parties(1), list[str]()
+    heard: list[str] = []
+
+    class Slow(DirectLink):
+        def receive(self, names: Any) -> Any:
+            return super().receive([name for name in names if name in heard])
+
+    slow_link = Slow(link.parties)
+    roster, calls_ = Roster(slow_link, 1, bytes(8), lines.append), link.parties[100].calls
+    for now, asked in ((0, 1), (59, 1), (61, 2), (122, 2), (182, 3), (300, 3)):
+        roster.look(now)
+        assert len(calls_) == asked
+    heard += ["1", "2"]
+    roster.look(301)
+    assert roster.node_of == {0: 100}
+    heard.append("3")
+    roster.look(1000)
+    assert (len(calls_), lines) == (3, ["client 0 is connected"])
+
+
 def test_a_client_that_never_connects_is_left_out(tmp_path: Path) -> None:
     _, diary = play(settings(tmp_path, *slow()), parties(2))
     assert diary.left_out[0] == (1, 2, "not connected")

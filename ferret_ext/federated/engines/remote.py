@@ -157,22 +157,27 @@ class Roster:
                 self._say(f"client {client} is no longer connected")
                 del self.node_of[client]
         self._not_before = {node: at for node, at in self._not_before.items() if node in nodes}
-        self._asked = {
-            name: (node, at)
-            for name, (node, at) in self._asked.items()
-            if node in nodes and now - at < HELLO_PATIENCE
-        }
-        waiting = {node for node, at in self._not_before.items() if now < at}
-        known = {*self.node_of.values(), *waiting, *(node for node, _ in self._asked.values())}
-        for node in sorted(nodes - known):
+        unknown = nodes - {*self.node_of.values()}
+        self._asked = {name: (node, at) for name, (node, at) in self._asked.items() if node in unknown}
+        for node in sorted(unknown - self._not_due(now)):
             if name := self._link.send(node, {"kind": "hello"}):
                 self._asked[name] = node, now
         before = {*self.node_of}
         for name, answer in self._link.receive(self._asked) if self._asked else ():
             node, _ = self._asked.pop(name)
-            self._welcome(node, answer, now)
+            if node not in self.node_of.values():  # it may have been asked twice
+                self._welcome(node, answer, now)
         if came := sorted(self.node_of.keys() - before):
             self._say(f"{_in_words(came)} connected")
+
+    def _not_due(self, now: float) -> set[int]:
+        """Nodes that need not be asked yet. A slow one is asked again later and later, and each answer heard:
+        it answers one after the other, and might always be too late for the last."""
+        times: dict[int, list[float]] = {}
+        for node, at in self._asked.values():
+            times.setdefault(node, []).append(at)
+        asked = {node for node, at in times.items() if now < max(at) + HELLO_PATIENCE * 2.0 ** (len(at) - 1)}
+        return asked | {node for node, at in self._not_before.items() if now < at}
 
     def _welcome(self, node: int, answer: Frame, now: float) -> None:
         try:
