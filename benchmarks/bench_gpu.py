@@ -1,7 +1,7 @@
 """Rates of every operator on one GPU, beside the copy bandwidth and rivals of the same run.
 
     python benchmarks/bench_gpu.py --json FILE [--budget SECONDS] [--quick] [--only SECTION ..]
-    python benchmarks/bench_gpu.py --profile     four calls, marked for a profiler (see gpu_suite.sh)
+    python benchmarks/bench_gpu.py --profile     six calls, marked for a profiler (see gpu_suite.sh)
 
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
 operator must read and write. Rates are of the median call, beside those of the slowest and the fastest. The
@@ -199,18 +199,20 @@ def copy(bench: Bench) -> None:
 
 
 def checks(bench: Bench) -> None:
-    """The same bits as the CPU's: project on both paths and reconstruct_, K = 16"""
+    """The same bits as the CPU's: project and reconstruct_ on both paths, K = 16"""
     for numel in bench.settings.checked_numels:
         bench.check_time()
         here = filled(numel)
-        there, gamma = here.to(bench.device), ferret_ext.project(here, SEED, 16)
+        there, gamma = here.to(bench.device, copy=True), ferret_ext.project(here, SEED, 16)
+        ferret_ext.reconstruct_(here, gamma, SEED)
         same = {}
         for path in PATHS:
             with on_path(path):
                 same[f"project {path}"] = torch.equal(ferret_ext.project(there, SEED, 16).cpu(), gamma)
-        ferret_ext.reconstruct_(there, gamma.to(bench.device), SEED)
-        ferret_ext.reconstruct_(here, gamma, SEED)
-        same["reconstruct_"] = torch.equal(there.cpu(), here)
+                rebuilt = there.clone()
+                ferret_ext.reconstruct_(rebuilt, gamma.to(bench.device), SEED)
+                same[f"reconstruct_ {path}"] = torch.equal(rebuilt.cpu(), here)
+                del rebuilt
         for what, equal in same.items():
             bench.rows.append({"section": "checks", "what": what, "numel": numel, "K": 16, "same": equal})
             print(f"{what:34} d {numel:>13,} {'the same' if equal else 'DIFFERENT'}", flush=True)
@@ -224,13 +226,15 @@ def columns(bench: Bench) -> None:
 
 
 def paths(bench: Bench) -> None:
-    """project and project_difference on the ordinary units and on the matrix units"""
+    """Every operator on the ordinary units and on the matrix units"""
     x = bench.tensor(bench.settings.numel)
-    cases = [project_case(x, K) for K in bench.settings.columns]
-    cases += [project_case(x.bfloat16(), K) for K in bench.settings.few_columns]
+    narrow = x.bfloat16()
+    cases = [case(x, K) for K in bench.settings.columns for case in (project_case, update_case)]
+    cases += [case(narrow, K) for K in bench.settings.few_columns for case in (project_case, update_case)]
     for K in bench.settings.llama_columns:
         of_blocks = by_size(bench.settings.llama, K)
-        cases += plan_cases(bench.settings.llama, of_blocks, torch.bfloat16, bench.device, clients=1)[:1]
+        clients = bench.settings.clients
+        cases += plan_cases(bench.settings.llama, of_blocks, torch.bfloat16, bench.device, clients)
     for case in cases:
         for path in PATHS:
             with on_path(path):
@@ -352,13 +356,14 @@ SECTIONS = {
 
 
 def profile(settings: Settings, device: torch.device) -> None:
-    """Four calls between marks that a profiler started with --profile-from-start off heeds."""
+    """Calls on both paths between marks that a profiler started with --profile-from-start off heeds."""
     x = filled(settings.numel, device=device)
     cases = [project_case(x, 16), project_case(x, 512), update_case(x, 64)]
     for case in cases:
         case.call()
     with on_path("mma"):
-        cases[1].call()
+        for case in cases:
+            case.call()
     if device.type != "cuda":
         return
     torch.cuda.synchronize()
@@ -366,7 +371,8 @@ def profile(settings: Settings, device: torch.device) -> None:
     for case in cases:
         case.call()
     with on_path("mma"):
-        cases[1].call()
+        for case in cases:
+            case.call()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 

@@ -3,8 +3,8 @@
     python benchmarks/gpu_report.py PARTS OUT
 
 PARTS holds stages.tsv (name, exit status, seconds, last line) and, where their stages got so far, gpu.csv,
-bench.json, micro.jsonl and profile.csv. Only the standard library is needed, so that there is a report
-whatever failed.
+bench.json, round-simt.json, round-mma.json, micro.jsonl and profile.csv. Only the standard library is needed,
+so that there is a report whatever failed.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ def collect(parts: Path) -> Row:
         "machine": bench.get("machine", {}) | {"nvidia-smi": read(parts / "gpu.csv").splitlines()},
         "stages": read_stages(parts),
         "micro": [json.loads(line) for line in read(parts / "micro.jsonl").splitlines() if line[:1] == "{"],
+        "rounds": [
+            row | {"path": path}
+            for path in ("simt", "mma")
+            for row in json.loads(read(parts / f"round-{path}.json") or '{"rows": []}')["rows"]
+        ],
         "profile": read_profile(read(parts / "profile.csv")),
         "rows": bench.get("rows", []),
     }
@@ -90,7 +95,7 @@ def table(run: Row) -> str:
         f"{s['stage']:10} {s['status']:12} {s['seconds']:4d} s  {s['note'][:90]}" for s in run["stages"]
     ]
     lines += [f"left out: {note}" for note in machine.get("notes", [])]
-    lines += ["", *map(micro_line, run["micro"]), ""]
+    lines += ["", *map(micro_line, run["micro"]), "", *map(round_line, run["rounds"]), ""]
     section = ""
     for row in run["rows"]:
         if row["section"] != section:
@@ -102,6 +107,14 @@ def table(run: Row) -> str:
 
 def micro_line(row: Row) -> str:
     return f"{row['name']:40} {row['per_second']:10.3e} {row['unit']}/s"
+
+
+def round_line(row: Row) -> str:
+    seconds = {part: row[part]["median"] for part in ("local", "project", "rebuild")}
+    parts = ", ".join(f"{part} {value:.4f} s" for part, value in seconds.items())
+    text = f"round of {row['parameters'] / 1e9:.1f}e9 parameters, {row['clients']} clients, {row['path']}: "
+    memory = f"peak {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    return f"{text}{parts}; projection and rebuilding {row['share_of_local']:.1%} of local, {memory}"
 
 
 def row_line(row: Row) -> str:

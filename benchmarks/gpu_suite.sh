@@ -102,6 +102,17 @@ stage_bench() {
   "$python" benchmarks/bench_gpu.py --json "$work/bench.json" --budget "$((budget - 15))"
 }
 
+# A round of a 7B model on each path.
+stage_round() {
+  local path
+  "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)' \
+    || { echo "left out: transformers is not installed"; return 0; }
+  for path in mma simt; do
+    FERRET_CUDA_PATH=$path timeout "$((budget / 2))" "$python" benchmarks/bench_round.py --shape llama-7b --device cuda \
+      --steps 10 --accumulation 4 --trained 2 --json "$work/round-$path.json" || return 1
+  done
+}
+
 stage_micro() {
   local arch
   arch=$(architecture) || { echo "no GPU is visible"; return 1; }
@@ -114,7 +125,7 @@ stage_micro() {
 # The clocks stay as they are, and whole sections are asked for, because names of single counters change.
 stage_profile() {
   command -v ncu > /dev/null || { echo "left out: ncu is not installed"; return 0; }
-  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|project_matrix|apply)_kernel' --force-overwrite \
+  ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|project_matrix|apply|apply_matrix)_kernel' --force-overwrite \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
     --section InstructionStats --section WarpStateStats --section SchedulerStats --section LaunchStats \
     --section Occupancy --export "$out/profile.ncu-rep" "$python" benchmarks/bench_gpu.py --profile || return 1
@@ -136,9 +147,9 @@ stage_sanitizer() {
 }
 
 # What a stage may take, in seconds; all of them together are cut to `total`.
-declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [peers]=30 [bench]=200 [micro]=45 [profile]=70
-  [sanitizer]=90)
-stages=${STAGES:-machine build answers tests peers bench micro profile sanitizer}
+declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [peers]=30 [bench]=200 [round]=90 [micro]=45
+  [profile]=70 [sanitizer]=90)
+stages=${STAGES:-machine build answers tests peers bench micro round profile sanitizer}
 
 report() { "$python" benchmarks/gpu_report.py "$work" "$out"; }
 
@@ -174,7 +185,7 @@ if $dry_run; then
   exit
 fi
 
-rm -f "$work"/{peers_build.log,stages.tsv,gpu.csv,bench.json,micro.jsonl,profile.csv} "$out/suite.log"
+rm -f "$work"/{peers_build.log,stages.tsv,gpu.csv,bench.json,round-simt.json,round-mma.json,micro.jsonl,profile.csv} "$out/suite.log"
 for name in $stages; do
   [ -n "${budgets[$name]:-}" ] || { echo "no such stage: $name" >&2; exit 2; }
   run_stage "$name"

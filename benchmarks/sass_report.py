@@ -277,10 +277,10 @@ def search_path() -> str:
 
 
 def compiler() -> str:
-    """nvcc's version, as the last line of what it says of itself."""
+    """nvcc's version, as it says it of itself."""
     program = shutil.which("nvcc", path=search_path())
     run = subprocess.run([program, "--version"], capture_output=True, text=True) if program else None
-    return run.stdout.splitlines()[-1] if run and run.stdout else "unknown"
+    return run.stdout.splitlines()[-2] if run and run.stdout else "unknown"
 
 
 def disassemble(objects: list[Path]) -> str:

@@ -58,7 +58,7 @@ def test_every_section_leaves_rows_and_nothing_is_left_out(bench: Bench) -> None
     for row in rows(bench, "columns"):
         assert row["rate"] == pytest.approx(row["numel"] * row["K"] / row["timing"].median)
         assert row["share_of_copy"] == pytest.approx(row["bandwidth"] / bench.copy_bandwidth)
-    assert [row["same"] for row in rows(bench, "checks")] == [True] * 3
+    assert [row["same"] for row in rows(bench, "checks")] == [True] * 4
 
 
 def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatc
     late = Bench(QUICK, CPU, budget=600)
     late.run(["columns", "checks"], lambda: saved.append(len(late.rows)))
     assert late.notes == ["columns: RuntimeError: no kernel image"]
-    assert saved == [0, 3]
+    assert saved == [0, 4]
     late = Bench(QUICK, CPU, budget=0)
     late.run(["copy", "checks"], lambda: None)
     assert late.notes == ["copy: no time left", "checks: no time left"]
@@ -105,6 +105,9 @@ def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
         '{"name": "LOP3", "unit": "thread instructions", "per_second": 1.6e13}\n'
     )
     (tmp_path / "profile.csv").write_text(NCU)
+    seconds = {part: {"median": 2.0} for part in ("local", "project", "rebuild")}
+    facts = {"parameters": 6.7e9, "clients": 10, "peak_memory_bytes": 3 << 30, "share_of_local": 0.0312}
+    (tmp_path / "round-mma.json").write_text(json.dumps({"rows": [facts | seconds]}))
     write(tmp_path / "bench.json", bench.rows, notes=["sizes: no time left"], device="some GPU")
     run = collect(tmp_path)
     text = table(run)
@@ -115,6 +118,8 @@ def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
         "out of time",
         "1.600e+13",
         "sizes: no time left",
+        "10 clients, mma: local 2.0000 s",
+        "3.1% of local, peak 3.0 GiB",
         "the same bits",
     ):
         assert part in text

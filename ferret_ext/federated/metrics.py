@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,8 @@ class RoundMetrics:
 
 
 class Stopwatch:
-    """Seconds by name: `with watch("local"): ...`, then `watch["local"]`. A reading waits for the GPU."""
+    """Seconds by name: `with watch("local"): ...`, then `watch["local"]`. A reading waits for the GPU, whose
+    profilers see the name too."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -136,10 +137,11 @@ class Stopwatch:
     def __call__(self, name: str) -> Iterator[None]:
         progress.report(name)
         start = _now()
-        try:
-            yield
-        finally:
-            self._seconds[name] += _now() - start
+        with _marked(name):
+            try:
+                yield
+            finally:
+                self._seconds[name] += _now() - start
 
     def add(self, name: str, seconds: float) -> None:
         """Counts seconds that were measured elsewhere."""
@@ -147,6 +149,11 @@ class Stopwatch:
 
     def __getitem__(self, name: str) -> float:
         return self._seconds[name]
+
+
+def _marked(name: str) -> AbstractContextManager[None]:
+    """An NVTX range, which profilers of GPUs show."""
+    return torch.cuda.nvtx.range(name) if torch.cuda.is_initialized() else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _now() -> float:

@@ -176,12 +176,13 @@ void test_plans(Basis basis) {
   test_apply<Real>(now, 3, basis, "apply, " + what);
 }
 
-// Every way in which project shares out columns, and many tiles.
+// Every way in which project and apply share out columns, and many tiles.
 void test_columns(const std::vector<int64_t>& all, int64_t count) {
   for (const int64_t columns : all) {
     Case c = single(Dtype::float32, 512 + 77, 100000, count, columns);
     c.fill(columns);
     test_project<float>(c, nullptr, Basis::rademacher, "project, K = " + std::to_string(columns));
+    test_apply<float>(c, 2, Basis::rademacher, "apply, K = " + std::to_string(columns));
   }
 }
 

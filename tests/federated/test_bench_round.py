@@ -17,6 +17,7 @@ BROADCAST = 103  # bytes around the updates and their lengths of 3 bytes
 def test_bench_round_counts_the_messages_bytes(tmp_path: Path) -> None:
     written = tmp_path / "round.json"
     options = {"--layers": 1, "--hidden": HIDDEN, "--length": 8, "--K": 40, "--clients": 3, "--json": written}
+    options |= {"--steps": 2, "--accumulation": 2, "--trained": 1}
     arguments = [str(word) for option in options.items() for word in option]
     done = subprocess.run(
         [sys.executable, BENCHMARK, *arguments], capture_output=True, text=True, timeout=300, check=False
@@ -29,7 +30,7 @@ def test_bench_round_counts_the_messages_bytes(tmp_path: Path) -> None:
     layer = attention + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN
     parameters = layer + 2 * VOCABULARY * HIDDEN + HIDDEN
     (row,) = json.loads(written.read_text())["rows"]
-    assert (row["blocks"], row["K"], row["clients"]) == (12, 40, 3)
+    assert (row["blocks"], row["K"], row["clients"], row["local"]["calls"]) == (12, 40, 3, 1)
     assert row["parameters"] == parameters
     assert row["model_bytes"] == 2 * parameters
     assert row["sent_bytes"] == UPDATE + 4 * 40
