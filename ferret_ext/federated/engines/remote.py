@@ -303,7 +303,7 @@ class RemoteClients:
             since = 0
         told = (self._genesis.config, self._genesis.base) if since == 0 else ()
         broadcasts, invitation = server.broadcasts_since(since), server.assembly.invitation
-        call = Train(self._genesis.run, round_, client, since, broadcasts, invitation, *told)
+        call = Train(self._genesis.run, round_, client, since, broadcasts, *told, invitation=invitation)
         return call.frame(), sum(map(len, broadcasts)) + len(invitation), since > 0
 
     def _receive(self, stage: Stage) -> None:
