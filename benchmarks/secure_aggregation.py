@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from soak import Deaf
 from timer import write
 from torch import nn
 
@@ -49,13 +50,6 @@ def drift(model: Any, examples: Any, seed: int, client: int = 0) -> float:
         for param in model.parameters():
             param.add_(torch.randn(param.shape, generator=random), alpha=1e-3)
     return 0.0
-
-
-class Deaf:
-    """Watches nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
 
 
 class Absent:

@@ -317,9 +317,9 @@ class RemoteClients:
         since = self._roster.seen[client]
         if since > len(server.broadcasts):  # of a former run of the same name
             since = 0
-        told = (self._genesis.config, self._genesis.base) if since == 0 else ()
+        told = (self._genesis.config, self._genesis.base) if since == 0 else ("", b"")
         broadcasts, invitation = server.broadcasts_since(since), server.assembly.invitation
-        call = Train(self._genesis.run, round_, client, since, broadcasts, invitation, *told)
+        call = Train(self._genesis.run, round_, client, since, broadcasts, *told, invitation)
         return call.frame(), sum(map(len, broadcasts)) + len(invitation), since > 0
 
     def _receive(self, stage: Stage) -> None:

@@ -51,9 +51,9 @@ class Train:
     client: int
     since: int
     broadcasts: list[bytes]
-    invitation: bytes = b""
     settings: str = ""
     base: bytes = b""
+    invitation: bytes = b""
 
     @classmethod
     def read(cls, frame: Mapping[str, Any]) -> Train:
@@ -64,9 +64,9 @@ class Train:
         round_, client, since = (whole(frame, name) for name in ("round", "client", "since"))
         invitation = take(frame, "invitation", bytes) if "invitation" in frame else b""
         if not frame.get("settings"):
-            return cls(run, round_, client, since, broadcasts, invitation)
+            return cls(run, round_, client, since, broadcasts, invitation=invitation)
         told = take(frame, "settings", str), take(frame, "base", bytes)
-        return cls(run, round_, client, since, broadcasts, invitation, *told)
+        return cls(run, round_, client, since, broadcasts, *told, invitation)
 
     def frame(self) -> Frame:
         told = {name: value for name, value in vars(self).items() if value or name not in OPTIONAL}
