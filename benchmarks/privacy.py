@@ -25,7 +25,6 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from soak import Deaf
 from timer import write
 
 from ferret_ext.federated import accounting, algorithms, models, presets
@@ -39,7 +38,7 @@ from ferret_ext.federated.evaluation import Evaluation, Evaluator
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.plot import INK, STYLE
 from ferret_ext.federated.plot_comparison import COLOURS
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.server import Server
 

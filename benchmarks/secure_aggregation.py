@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from soak import Deaf
+from ferret_ext.federated.rounds import Deaf
 from timer import write
 from torch import nn
 
