@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ferret_ext.federated.rounds import Deaf
 from timer import write
 from torch import nn
 
@@ -29,7 +28,7 @@ from ferret_ext.federated.algorithms.ferret import SharedFerret
 from ferret_ext.federated.config import FerretConfig
 from ferret_ext.federated.engines.in_process import InProcessClients
 from ferret_ext.federated.evaluation import Evaluation
-from ferret_ext.federated.rounds import run_rounds
+from ferret_ext.federated.rounds import Deaf, run_rounds
 from ferret_ext.federated.secure.assembly import MaskedSum
 from ferret_ext.federated.secure.ferret import SecureFerret
 from ferret_ext.federated.secure.participant import Participant
