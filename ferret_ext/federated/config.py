@@ -120,6 +120,46 @@ class TrainingConfig:
     torch_compile: bool = option(False, "compiles the model for local training")
 
 
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server steps along the clients' mean update: ferret, fedavg and its kin.
+
+    With an optimiser every party keeps its moments, and fedavg relays the mean update in place of the weights
+    (arXiv 2003.00295).
+    """
+
+    optim: Literal["sgd", "adagrad", "adam", "yogi"] = option(
+        "sgd",
+        "sgd: server_learning_rate times the mean update; adagrad, adam, yogi: adaptive, about "
+        "server_learning_rate for each weight",
+    )
+    momentum: float = option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
+    beta1: float | None = option(
+        None,
+        "decay of first moments; none: 0 for adagrad, else 0.9",
+        at_least=0,
+        at_most=LARGEST_DECAY,
+    )
+    beta2: float = option(
+        0.99, "decay of second moments, of adam and yogi", at_least=0, at_most=LARGEST_DECAY
+    )
+    epsilon: float = option(
+        1e-3, "added to the root of second moments, which begin at its square", at_least=1e-15, at_most=1e15
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether steps do not depend on former rounds."""
+        return self.optim == "sgd" and self.momentum == 0
+
+    @property
+    def chosen_beta1(self) -> float:
+        """`beta1`, none resolved."""
+        if self.beta1 is None:
+            return 0.0 if self.optim == "adagrad" else 0.9
+        return self.beta1
+
+
 Coordinates = Literal[
     "float32", "float16", "int8", "int4", "int2", "int1", "choice4", "choice8", "choice10", "choice12"
 ]
@@ -401,6 +441,7 @@ class SimulationConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     zeroth_order: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
@@ -470,6 +511,7 @@ def _check_together(config: SimulationConfig) -> None:
             "ferret.seeds: expected per-client where ferret.mode is reference-code, which has seeds of its "
             "own, got shared-round"
         )
+    _check_server(config)
     if config.federation.min_deadline > config.federation.max_deadline:
         raise ConfigError(
             f"federation.min_deadline: expected at most federation.max_deadline, which is "
@@ -479,4 +521,21 @@ def _check_together(config: SimulationConfig) -> None:
         raise ConfigError(
             "zeroth_order.perturbation: expected in_place or auto where zeroth_order.generator is torch, got "
             "layerwise; only the streams give a direction layer by layer"
+        )
+
+
+def _check_server(config: SimulationConfig) -> None:
+    """The server's optimiser: which numbers it has, and who takes its steps."""
+    server = config.server
+    if server.momentum and server.optim != "sgd":
+        raise ConfigError(f"server.momentum: expected 0 unless server.optim is sgd, got {server.momentum:g}")
+    if server.beta1 is not None and server.optim == "sgd":
+        raise ConfigError(f"server.beta1: expected none where server.optim is sgd, got {server.beta1:g}")
+    steps_of_its_own = config.algorithm in ("fedkseed", "fedkseed-pro", "decomfl", "feedsign")
+    reference = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
+    if not server.plain and (steps_of_its_own or reference):
+        which = "ferret.mode=reference-code" if reference else config.algorithm
+        told = f"server.optim {server.optim} with server.momentum {server.momentum:g}"
+        raise ConfigError(
+            f"server.optim: expected sgd without momentum for {which}, whose steps are its own, got {told}"
         )

@@ -26,7 +26,6 @@ from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
 from ferret_ext.plan import BlockPlan
 
 LARGE = 2**63  # stands for any seed
-RELAYED = ("ferret", "decomfl", "feedsign")  # algorithms whose broadcasts stand on each other
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,12 @@ def traffic(config: SimulationConfig, model: Any) -> Traffic:
     update = _update(config, model, plan)
     broadcast = _broadcast(config, model, plan, update, chosen)
     at_most = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
-    return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most)
+    return Traffic(update, broadcast, chosen, clients, relayed(config), at_most)
+
+
+def relayed(config: SimulationConfig) -> bool:
+    """Whether broadcasts stand on each other, so that a client needs all of them."""
+    return config.algorithm in ("ferret", "decomfl", "feedsign") or not config.server.plain
 
 
 def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None) -> int:
@@ -176,10 +180,13 @@ def memory(config: SimulationConfig, model: Any) -> dict[str, int]:
     whole = sum(param.numel() * param.element_size() for param in model.parameters())
     trained = models.trainable_bytes(model)
     parts = {"weights of the server and the clients": 2 * whole, **_copies(config, trained)}
+    parts["moments of the server's optimiser, held by both"] = 2 * moments(config, model)
+    if config.server.optim != "sgd":
+        parts["the mean update, for its step"] = _wide(model)
     if config.algorithm not in PUBLISHED:
-        moments = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
+        kept = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
         parts["gradients"] = trained
-        parts["state of the optimiser"] = moments * trained
+        parts["state of the optimiser"] = kept * trained
         batch = config.training.per_device_train_batch_size
         parts["activations of a batch"] = activations(config, model, batch, training=True)
     else:
@@ -229,7 +236,19 @@ def disk(config: SimulationConfig, model: Any) -> int:
     """Bytes of the run's folder: the model, snapshots, and a ledger of all broadcasts."""
     trained = models.trainable_bytes(model)
     whole: int = sum(param.numel() * param.element_size() for param in model.parameters())
-    every = config.ledger.snapshot_every if config.algorithm in RELAYED else 0
+    every = config.ledger.snapshot_every if relayed(config) else 0
     snapshots = min(config.ledger.keep_snapshots + 1, config.rounds // every) if every else 0
     broadcasts = config.rounds * traffic(config, model).broadcast
-    return whole + snapshots * trained + broadcasts
+    return whole + snapshots * (trained + moments(config, model)) + broadcasts
+
+
+def moments(config: SimulationConfig, model: Any) -> int:
+    """Bytes that one party keeps for the server's optimiser."""
+    if config.server.plain:
+        return 0
+    return (1 if config.server.optim == "sgd" else 2) * _wide(model)
+
+
+def _wide(model: Any) -> int:
+    """Bytes of the trained parameters in the dtype that updates are added up in."""
+    return sum(param.numel() * max(4, param.element_size()) for param in trainable(model).values())

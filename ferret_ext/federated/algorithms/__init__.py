@@ -8,7 +8,7 @@ from typing import Any
 
 from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm, Train
-from ferret_ext.federated.algorithms.fedavg import FedAvg
+from ferret_ext.federated.algorithms.fedavg import FedAvg, FedOpt
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
@@ -25,11 +25,10 @@ SEEDED: dict[str, type[FedKSeed] | type[DeComFL]] = {
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    step, train = config.server_learning_rate, trainer.train
+    train = trainer.train
     makers: dict[str, Callable[[], Algorithm[Any]]] = {
         "ferret": lambda: _ferret(config, train),
-        "fedavg": lambda: FedAvg(step, train),
-        **{name: partial(FedAvg, step, train, name) for name in adapters.PUBLISHED},
+        **{name: partial(_fedavg, config, train, name) for name in ("fedavg", *adapters.PUBLISHED)},
         **dict.fromkeys(PUBLISHED, partial(_zeroth_order, config, trainer)),
     }
     return makers[config.algorithm]()
@@ -52,8 +51,14 @@ def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
     if chosen.mode == "reference-code":
         return FerretReference(chosen, step, train, config.rounds, derive(seed, "pool"))
     if chosen.seeds == "shared-round":
-        return SharedFerret(chosen, step, train, derive(seed, "bases"))
-    return Ferret(chosen, step, train)
+        return SharedFerret(chosen, step, train, derive(seed, "bases"), server=config.server)
+    return Ferret(chosen, step, train, server=config.server)
+
+
+def _fedavg(config: SimulationConfig, train: Train, name: str) -> Algorithm[Any]:
+    if config.server.plain:
+        return FedAvg(config.server_learning_rate, train, name)
+    return FedOpt(config.server_learning_rate, train, name, server=config.server)
 
 
 def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
@@ -63,5 +68,5 @@ def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[
     loss = partial(batch_loss, pad_token_id=trainer.pad_token_id)
     batch_size = trainer.config.per_device_train_batch_size
     if name == "fedzo":
-        return FedAvg(rate, ZerothOrderTrainer(settings, loss, batch_size).train, name)
+        return _fedavg(config, ZerothOrderTrainer(settings, loss, batch_size).train, name)
     return SEEDED[name](settings, rate, derive(config.seed, "directions"), loss, batch_size)

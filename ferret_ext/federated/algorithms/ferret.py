@@ -11,6 +11,8 @@ or, with `ferret.seeds: shared-round`, one for all clients of a round:
 
     update     the same, with the seed that the last broadcast announced
     broadcast  contract int, step float, gammas float32 [K], next_seed int; round 0's: contract, next_seed
+
+The step is the plain one or that of an optimiser, which every party keeps (see `server_optimizer`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,8 +40,9 @@ from ferret_ext.federated.algorithms.base import (
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
+from ferret_ext.federated.algorithms.server_optimizer import ServerOptimizer
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
-from ferret_ext.federated.config import FerretConfig
+from ferret_ext.federated.config import FerretConfig, ServerConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.seeds import derive
 from ferret_ext.federated.settings import ConfigError
@@ -60,6 +63,7 @@ class Projecting(Algorithm[P]):
     config: FerretConfig
     server_learning_rate: float
     train: Train
+    server: ServerConfig = field(default_factory=ServerConfig, kw_only=True)
 
     def notes(self, replica: P) -> list[str]:
         size = sum(param.numel() for param in replica.params)
@@ -121,11 +125,18 @@ class Projecting(Algorithm[P]):
         return self.server_learning_rate * min(1.0, round_ / warmup)
 
     def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
-        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
+        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share), or the optimiser's step."""
         device = replica.params[0].device
         moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
+
+        def add(tensors: list[Tensor], alpha: float = 1.0) -> None:
+            ferret_ext.apply_(replica.plan, tensors, moved, alpha, basis=self.config.chosen_basis)
+
         with torch.no_grad():
-            ferret_ext.apply_(replica.plan, replica.params, moved, -step, basis=self.config.chosen_basis)
+            if replica.optimizer is None:
+                add(replica.params, -step)
+            else:
+                replica.optimizer.step(replica.params, add, step)
 
     @abstractmethod
     def relayed(self, replica: P, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
@@ -146,7 +157,8 @@ class Ferret(Projecting[PlanReplica]):
 
     def replicate(self, model: Any) -> PlanReplica:
         plan = first_plan(self.config, model)
-        return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
+        params = plan.select(model.named_parameters())
+        return PlanReplica(model, params, plan=plan, optimizer=ServerOptimizer.on(self.server, params))
 
     def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         return self.project(replica, data, derive(data.seed, "basis"), watch)
@@ -221,7 +233,8 @@ class SharedFerret(Projecting[SharedReplica]):
 
     def replicate(self, model: Any) -> SharedReplica:
         plan = first_plan(self.config, model)
-        return SharedReplica(model, plan.select(model.named_parameters()), plan=plan)
+        params = plan.select(model.named_parameters())
+        return SharedReplica(model, params, plan=plan, optimizer=ServerOptimizer.on(self.server, params))
 
     def opening(self, replica: SharedReplica) -> Values:
         return {**super().opening(replica), "next_seed": self._seed_of(1)}

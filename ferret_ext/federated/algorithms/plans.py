@@ -22,7 +22,7 @@ class PlanReplica(Replica):
     plan: ferret_ext.BlockPlan
 
     @property
-    def digest(self) -> bytes:
+    def shapes(self) -> bytes:
         return bytes.fromhex(self.plan.digest())[: wire.DIGEST_BYTES]
 
     def state(self) -> Values:
