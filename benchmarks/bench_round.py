@@ -75,7 +75,9 @@ def play_round(model: Any, K: int, clients: int, length: int) -> dict[str, Any]:
 
     The rebuilding is repeated, and the first one not counted.
     """
-    ferret = Ferret(FerretConfig(K=K, coordinates="float32", allocation="size"), 1.0, local_step)
+    ferret = Ferret(
+        FerretConfig(K=K, coordinates="float32", allocation="size", granularity="tensor"), 1.0, local_step
+    )
     replica = ferret.replicate(model)
     replica.mark()
     local_step(model, [random_example(clients, length)], 0)

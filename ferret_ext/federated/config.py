@@ -177,8 +177,8 @@ class FerretConfig:
     )
     granularity: int | Literal["auto", "tensor", "packed"] = option(
         "auto",
-        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: tensor, for "
-        "reference-code packed",
+        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: of some tens of "
+        "coordinates, small tensors joined and large ones cut, for reference-code packed",
         at_least=1,
     )
     allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"] = option(
@@ -217,10 +217,10 @@ class FerretConfig:
     )
 
     @property
-    def chosen_granularity(self) -> int | Literal["tensor", "packed"]:
-        """`granularity`, auto resolved."""
+    def chosen_granularity(self) -> int | Literal["tensor", "packed", "joined"]:
+        """`granularity`, auto resolved; joined blocks are divided (`ferret.first_plan`)."""
         if self.granularity == "auto":
-            return "tensor" if self.mode == "paper" else "packed"
+            return "joined" if self.mode == "paper" else "packed"
         return self.granularity
 
     @property

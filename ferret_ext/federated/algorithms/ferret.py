@@ -279,6 +279,8 @@ def first_plan(config: FerretConfig, model: Any) -> ferret_ext.BlockPlan:
     """The plan of round 1, when no norms are known. Raises ConfigError."""
     allocation = "sqrt-size" if config.allocation in BY_NORM else config.allocation
     plan = make_plan(model, config.K, config.chosen_granularity, allocation)
+    if config.granularity == "auto":
+        plan = plan.divided(coordinates.most_a_block(config.chosen_coordinates))
     try:
         coordinates.candidates(plan, config.chosen_coordinates)
     except ValueError as error:
