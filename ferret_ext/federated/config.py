@@ -200,10 +200,10 @@ class FerretConfig:
         "per-client: a basis for each client and round; shared-round: one for all clients of a round, so "
         "that the server relays their mean alone, and robust.rule can be median or trimmed-mean",
     )
-    server_warmup: int = option(
-        0,
+    server_warmup: int | None = option(
+        None,
         "rounds in which the server's step rises linearly to server_learning_rate; the first updates are the "
-        "largest, and so is their noise",
+        "largest, and so is their noise; none: 3, for reference-code 0",
         at_least=0,
     )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
@@ -231,6 +231,13 @@ class FerretConfig:
         if self.mode == "reference-code":
             return "float32"
         return "choice8" if self.seeds == "per-client" else "int8"
+
+    @property
+    def chosen_server_warmup(self) -> int:
+        """`server_warmup`, none resolved."""
+        if self.server_warmup is None:
+            return 3 if self.mode == "paper" else 0
+        return self.server_warmup
 
     @property
     def chosen_basis(self) -> Literal["rademacher", "uniform", "gaussian"]:

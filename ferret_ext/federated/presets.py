@@ -60,7 +60,7 @@ _FERRETS: dict[str, list[Setting]] = {
     SHARED_ROUND: [("algorithm", "ferret"), ("ferret.mode", "paper"), ("ferret.seeds", "shared-round")],
 }
 # The method as published, but for 16 bits.
-_FLOATS = {"coordinates": "float32", "allocation": "size", "granularity": "tensor"}
+_FLOATS = {"coordinates": "float32", "allocation": "size", "granularity": "tensor", "server_warmup": 0}
 _ZEROTH_ORDER = {"perturbation": "in_place", "learning_rate": 1e-4}
 _SCALAR_ROUNDS = {"per_device_train_batch_size": 4}
 _SMALL: dict[str, Any] = {
@@ -136,7 +136,12 @@ def _paper(
                 "rounds": ferret_rounds,
                 "server_learning_rate": server / 6,
                 "training": {"learning_rate": rate},
-                "ferret": {"allocation": "norm", "granularity": "packed", "coordinates": "float16"},
+                "ferret": {
+                    "allocation": "norm",
+                    "granularity": "packed",
+                    "coordinates": "float16",
+                    "server_warmup": 0,
+                },
             },
             REFERENCE_CODE: {
                 "rounds": ferret_rounds,

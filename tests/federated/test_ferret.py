@@ -31,11 +31,12 @@ from ferret_ext.federated.wire import WireError
 
 STEP = 0.4
 SEEDS = ("per-client", "shared-round")
+PUBLISHED: dict[str, Any] = {"K": 40, "coordinates": "float32", "allocation": "size", "server_warmup": 0}
 VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
 
 
 def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    config = FerretConfig(**{"K": 40, "coordinates": "float32", "allocation": "size", **settings})
+    config = FerretConfig(**{**PUBLISHED, **settings})
     shared = config.seeds == "shared-round"
     algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
     return federate(algorithm, model, verify_weights=verify_weights)

@@ -121,7 +121,7 @@ class Projecting(Algorithm[P]):
 
     def step(self, round_: int) -> float:
         """The server's step in a round."""
-        warmup = max(1, self.config.server_warmup)
+        warmup = max(1, self.config.chosen_server_warmup)
         return self.server_learning_rate * min(1.0, round_ / warmup)
 
     def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
