@@ -2,7 +2,6 @@
 
     python benchmarks/quality.py frontier --model FOLDER --data FOLDER --json FILE [--seeds 0,1,2]
     python benchmarks/quality.py errors --model FOLDER --data FOLDER --json FILE
-    python benchmarks/quality.py plans --model FOLDER --data FOLDER --json FILE
 
 frontier: runs of the preset small/gsm8k (--preset NAME for another) by FedAvg and by Ferret with coordinates
 of several forms and sizes (--only NAME: those whose name begins so). A row is one of the forms, with its runs
@@ -11,9 +10,6 @@ not run again.
 
 errors: the mean-square error of one reconstruction beside its closed form (docs/quality.md), over forms at
 equal bytes for normal updates, and over blocks and allocations for an update out of training.
-
-plans: one block a tensor beside the plan auto at equal bytes: closed forms of the error of an update out of
-training, seconds of the processor for its projection, and the work alone for a Llama of 1.1 billion.
 """
 
 from __future__ import annotations
@@ -294,78 +290,6 @@ def predicted(plan: BlockPlan, norms: Sequence[float]) -> float:
     return math.fsum(norm**2 * (block.numel - 1) / block.k for block, norm in pairs) / total
 
 
-# ---- plans ----
-
-
-def plans(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a model, form, number of bytes and plan."""
-    named, update = first_update(options)
-    small = [name_and_size(name, param) for name, param in named]
-    large = [name_and_size(name, param) for name, param in llama_on_meta().named_parameters()]
-    rows = []
-    for model, parameters, sizes in (
-        ("260K", small, (128, 256, 512, 1024, 4096, 32768)),
-        ("1.1B", large, (1024, 4096, 16384, 65536, 1 << 20)),
-    ):
-        for size, granularity in (
-            (size, granularity) for size in sizes for granularity in ("tensor", "auto")
-        ):
-            form = Form("", "choice8", "curvature", size, 1.0, granularity=granularity)
-            row = plan_row(form, parameters, update if model == "260K" else None)
-            rows.append({"model": model, "parameters": sum(p.numel() for _, p in parameters), **row})
-            print(rows[-1], flush=True)
-    write(options.json, rows)
-    return rows
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a plan looks at of a model."""
-
-    named: list[tuple[str, torch.Tensor]]
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self.named)
-
-
-def name_and_size(name: str, param: torch.Tensor) -> tuple[str, torch.Tensor]:
-    return name, torch.empty(param.shape, device="meta", requires_grad=True)
-
-
-def llama_on_meta() -> Any:
-    from bench_round import llama
-
-    with torch.device("meta"):
-        return llama(22, 2048)
-
-
-def plan_row(
-    form: Form, named: list[tuple[str, torch.Tensor]], update: list[torch.Tensor] | None
-) -> dict[str, Any]:
-    """The plan of so many bytes, what it costs, and for an update what it loses, before and after its norms
-    are known."""
-    K = form.fitted(Shapes(named))
-    row: dict[str, Any] = {"granularity": form.granularity, "bytes": form.bytes, "K": K}
-    try:
-        config = FerretConfig(K=max(K, 1), coordinates=form.kind, granularity=form.granularity)  # type: ignore[arg-type]
-        plan = first_plan(config, Shapes(named))
-    except ValueError:
-        return row  # more tensors than coordinates
-    packing = PACKINGS[form.kind]
-    row |= {"L": len(plan.blocks), "sent": packing.code_bytes(plan.K) + len(plan.blocks) + SCALES}
-    row["columns"] = sum(block.numel * block.k for block in plan.blocks) << packing.choice
-    if update is None:
-        return row
-    norms = plan.block_norms(update)
-    later = plan.with_allocation("curvature", norms=norms)
-    zeros = [torch.zeros_like(part) for part in update]
-    began = time.process_time()
-    for seed in range(5):
-        ferret_ext.project_difference(packing.candidates(later), update, zeros, seed)
-    row["seconds"] = (time.process_time() - began) / 5
-    return row | {"first": predicted(plan, norms), "later": predicted(later, norms)}
-
-
 def first_update(options: argparse.Namespace) -> tuple[list[tuple[str, torch.Tensor]], list[torch.Tensor]]:
     """The model's parameters, and what client 0's first round changes in them."""
     config = config_of(options, "fedavg", 0)
@@ -383,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["frontier", "errors", "plans"])
+    parser.add_argument("what", choices=["frontier", "errors"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
@@ -395,7 +319,7 @@ def main() -> None:
     parser.add_argument("--only", help="only forms whose name begins so")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    {"frontier": frontier, "errors": errors, "plans": plans}[options.what](options)
+    {"frontier": frontier, "errors": errors}[options.what](options)
 
 
 if __name__ == "__main__":

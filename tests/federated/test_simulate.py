@@ -215,7 +215,7 @@ def test_simulate_keeps_a_folder_with_something_in_it(
 
 
 @pytest.mark.parametrize(
-    "bad", [["device=tpv"], ["--model", "/absent"], ["--data", "absent.jsonl"], ["ferret.K=2"]]
+    "bad", [["device=tpv"], ["--model", "/absent"], ["--data", "absent.jsonl"], ["ferret.K=2", "ferret.granularity=tensor"]]
 )
 def test_refused_run_leaves_its_folder_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: list[str]
