@@ -110,7 +110,8 @@ def play_round(model: Any, K: int, clients: int, work: Work, trained: int) -> di
     def local_training(model: Any, examples: Sequence[Example], seed: int, client: int = 0) -> float:
         return train(model, examples, min(work.accumulation, len(examples)))
 
-    ferret = Ferret(FerretConfig(K=K, coordinates="float32", allocation="size"), 1.0, local_training)
+    settings = FerretConfig(K=K, coordinates="float32", allocation="size", granularity="tensor")
+    ferret = Ferret(settings, 1.0, local_training)
     replica = ferret.replicate(model)
     replica.mark()
     short = Work(work.length)

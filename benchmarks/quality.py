@@ -31,8 +31,9 @@ import ferret_ext
 from ferret_ext import BlockPlan, Packing
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import coordinates, models, presets
+from ferret_ext.federated.algorithms.ferret import first_plan
 from ferret_ext.federated.client import LocalTrainer
-from ferret_ext.federated.config import Coordinates, SimulationConfig
+from ferret_ext.federated.config import Coordinates, FerretConfig, SimulationConfig
 from ferret_ext.federated.coordinates import PACKINGS
 from ferret_ext.federated.data import loading
 from ferret_ext.federated.data.holdings import Holdings
@@ -63,12 +64,24 @@ class Form:
     bytes: int
     server_learning_rate: float
     server_warmup: int = 0
+    granularity: str = "tensor"
 
     def count(self, blocks: int) -> int:
         """K: as many coordinates as the bytes hold. Those of float16 count without their scales."""
         if self.kind in PACKINGS:
             return (self.bytes - SCALES - blocks) * 8 // PACKINGS[self.kind].width
         return self.bytes // {"float32": 4, "float16": 2}[self.kind]
+
+    def fitted(self, model: Any) -> int:
+        """K where its own plan has as many blocks as its bytes leave room for, or fewer."""
+        blocks = 0 if self.granularity == "auto" else len(list(model.named_parameters()))
+        while self.granularity == "auto":
+            config = FerretConfig(K=self.count(blocks), coordinates=self.kind)
+            needed = len(first_plan(config, model).blocks)
+            if needed <= blocks:
+                break
+            blocks = needed
+        return self.count(blocks)
 
 
 FORMS = [
@@ -85,6 +98,9 @@ FORMS = [
     Form("float16 warm-up 3,", "float16", "norm", 512, 0.3, 3),
     Form("choice12", "choice12", "curvature", 512, 0.7),
     Form("choice12", "choice12", "curvature", 4096, 1.0),
+    Form("auto warm-up 3,", "choice8", "curvature", 512, 0.8, 3, "auto"),
+    Form("auto warm-up 3,", "choice8", "curvature", 4096, 1.0, 3, "auto"),
+    Form("auto", "choice8", "curvature", 128, 0.3, 0, "auto"),
 ]
 
 
@@ -124,9 +140,9 @@ def run(options: argparse.Namespace, form: Form | None, seed: int) -> dict[str, 
     given: list[tuple[str, Any]] = []
     if form is not None:
         model, _ = models.load(config.model, config.dtype, torch.device("cpu"), 0)
-        blocks = len(list(model.named_parameters()))
         given = [
-            ("ferret.K", form.count(blocks)),
+            ("ferret.K", form.fitted(model)),
+            ("ferret.granularity", form.granularity),
             ("ferret.coordinates", form.kind),
             ("ferret.allocation", form.allocation),
             ("server_learning_rate", form.server_learning_rate),

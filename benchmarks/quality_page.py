@@ -1,9 +1,10 @@
-"""docs/quality.md and its picture, from the runs and errors kept as JSON.
+"""docs/quality.md and its pictures, from the runs and errors kept as JSON.
 
     python benchmarks/quality_page.py [--check]
 
-benchmarks/results/quality-errors.json and quality-NAME.json come from benchmarks/quality.py. --check writes
-nothing, and fails if the page is not what the files say.
+benchmarks/results/quality-errors.json and quality-NAME.json come from benchmarks/quality.py, plans.json from
+plans_study.py, rounds.json from rounds_study.py. --check writes nothing, and fails if the page is not what
+the files say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from quality import shares
+from rounds_page import plans_section, rounds_section, table
+from rounds_page import save_plot as save_rounds_plot
 
 from ferret_ext.federated.plot import INK, STYLE
 from ferret_ext.federated.plot_comparison import COLOURS
@@ -29,14 +32,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 TITLES = {
     "gsm8k": "GSM8K: grade-school word problems, 3 clients",
     "codealpaca": "CodeAlpaca: a programming language a client",
+    "languages": "Outside English: names and dates in eight languages, one a client",
 }
 
 HEAD = """# Quality a byte
 
-Written by `python benchmarks/quality_page.py` from `benchmarks/results/quality-*.json`, which come from
-`benchmarks/quality.py`. A random basis costs next to nothing to make, a byte costs what it always did;
-so many coordinates of few bits are sent instead of few of many, and each is the best of many that are
-not sent.
+Written by `python benchmarks/quality_page.py` from `benchmarks/results/quality-*.json`, `plans.json` and
+`rounds.json`, which come from `benchmarks/quality.py`, `plans_study.py` and `rounds_study.py`. A random
+basis costs next to nothing to make, a byte costs what it always did; so many coordinates of few bits are
+sent instead of few of many, and each is the best of many that are not sent.
 
 ## Forms of coordinates
 
@@ -52,11 +56,13 @@ one is kept. Levels, scales and bytes are in [streams.md](streams.md), "Packed c
 [wire.md](wire.md). `auto`, the default, is `choice8` where clients have seeds of their own, `int8` where
 a round shares one.
 
-The best setting found for 512 bytes, as measured below:
+The best setting found for 512 bytes, as measured below, is the default but for K and the step, which a
+preset with published settings has to be told:
 
 ```
-ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/512 ferret.K=406 \\
-    ferret.coordinates=choice8 ferret.allocation=curvature server_learning_rate=0.8 ferret.server_warmup=3
+ferret simulate --preset small/gsm8k --model MODEL --data gsm8k/ --out runs/512 ferret.K=415 \\
+    ferret.coordinates=auto ferret.allocation=curvature ferret.granularity=auto \\
+    server_learning_rate=0.8 ferret.server_warmup=3
 ```
 
 ## Theory
@@ -127,13 +133,19 @@ TABLE
 """
 
 
-def page(errors: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The page in Markdown. errors: rows of quality-errors.json; runs: of the others, by name."""
+def page(
+    errors: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    plans: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page in Markdown. errors, plans, rounds: rows of the files of that name; runs: of the others."""
     by_form = [row for row in errors if row["table"] == "form"]
     by_plan = [row for row in errors if row["table"] == "plan"]
     text = HEAD.replace("WORTH", worths(by_form)).replace("FORMS", forms_table(by_form))
-    text = text.replace("PLANS", plans_table(by_plan))
-    return text + "".join(section(name, runs[name]) for name in TITLES if name in runs)
+    text = text.replace("PLANS", plans_table(by_plan)) + plans_section(plans)
+    frontiers = "".join(section(name, runs[name]) for name in TITLES if name in runs)
+    return text + frontiers + rounds_section(rounds)
 
 
 def worths(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -144,12 +156,6 @@ def worths(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| worth of a coordinate | " + " | ".join(f"{of[form]:.2f}" for form in shown) + " |"]
     lines.append("| worth of a bit | " + " | ".join(f"{of[form] / bits[form]:.3f}" for form in shown) + " |")
     return "\n".join(lines)
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rows = lines
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def forms_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -181,6 +187,7 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     names = (
         "form",
         "allocation",
+        "blocks",
         "K",
         "bytes",
         "message",
@@ -196,9 +203,10 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         runs = list(row["runs"].values())
         reached = shares(row, fedavg)
         sent = fmean(run["bytes_up"] for run in runs)
-        own, step = ["fedavg", "", "", f"{sent:,.0f}"], ["1", "0"]
+        own, step = ["fedavg", "", "", "", f"{sent:,.0f}"], ["1", "0"]
         if "kind" in row:
-            own = [row["kind"], row["allocation"], f"{runs[0]['K']:,}", f"{row['bytes']:,}"]
+            own = [row["kind"], row["allocation"], row.get("granularity", "tensor")]
+            own += [f"{runs[0]['K']:,}", f"{row['bytes']:,}"]
             step = [f"{row['server_learning_rate']:g}", str(row.get("server_warmup", 0))]
         spread = f"{min(reached):.2%} .. {max(reached):.2%}" if len(runs) > 1 else "one seed"
         loss = f"{fmean(run['losses'][-1] for run in runs):.3f}"
@@ -217,6 +225,7 @@ def save_plot(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Non
         groups: dict[str, list[Any]] = {}
         for row in rows[1:]:
             label = row["kind"] + (", with a warm-up" if row.get("server_warmup") else "")
+            label += ", plan auto" if row.get("granularity") == "auto" else ""
             groups.setdefault(label, []).append((row["bytes"], shares(row, rows[0])))
         for (label, unsorted), colour in zip(groups.items(), COLOURS, strict=False):
             points = sorted(unsorted)
@@ -236,12 +245,12 @@ def save_plot(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Non
         figure.savefig(folder / f"quality-{name}.svg", metadata={"Date": None})
 
 
-def read() -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    rows = {
+def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the results' files, by their name without what comes before a dash."""
+    return {
         path.stem.removeprefix("quality-"): json.loads(path.read_text("utf-8"))["rows"]
-        for path in sorted(RESULTS.glob("quality-*.json"))
+        for path in sorted(RESULTS.glob(pattern))
     }
-    return rows.pop("errors"), rows
 
 
 def main() -> int:
@@ -250,13 +259,15 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="fail if the page is not what the files say")
     check = parser.parse_args().check
-    errors, runs = read()
-    text = page(errors, runs)
+    runs = read("quality-*.json")
+    errors, plans, rounds = runs.pop("errors"), read("plans.json")["plans"], read("rounds.json")["rounds"]
+    text = page(errors, runs, plans, rounds)
     if check:
         return int((DOCS / "quality.md").read_text("utf-8") != text)
     (DOCS / "quality.md").write_text(text, "utf-8")
     for name, rows in runs.items():
         save_plot(name, rows, DOCS / "images")
+    save_rounds_plot(rounds, DOCS / "images")
     return 0
 
 

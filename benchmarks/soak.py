@@ -190,7 +190,9 @@ def serve(path: Path, rounds: int, clients: int, seed: int) -> None:
 
 def server_of(clients: int, seed: int) -> tuple[Server[Any], Genesis]:
     net = model()
-    algorithm = Ferret(FerretConfig(K=K, coordinates="float32"), 0.3, train)
+    algorithm = Ferret(
+        FerretConfig(K=K, coordinates="float32", granularity="tensor", server_warmup=0), 0.3, train
+    )
     genesis = Genesis(digests.of_model(net), json.dumps({"soak": seed}))
     server = Server(
         algorithm, net, range(clients), 0.25, seed, run=genesis.run, robust=RobustConfig(quorum=clients // 20)

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from .allocation import Allocation, allocate, check_int
 
-Granularity = Literal["tensor", "packed"]
+Granularity = Literal["tensor", "packed", "joined"]
 
 TILE = 512  # stream elements that share a scale in project; blocks start at multiples of it
+JOINING_TARGET = 2  # "joined" fills a block up to the size of so many coordinates
+SMALLEST_PIECE = 2 * TILE  # elements of what `divided` makes
 PACKING_TARGET = 0.9  # "packed" fills a block up to this share of the parameters' median size
 FORMAT = 1  # of to_dict
 _NORM_CHUNK = 1 << 22  # elements widened to float64 at a time by block_norms
@@ -109,7 +111,9 @@ class BlockPlan:
 
         Parameters that are frozen, empty or seen before (tied) are left out.
         granularity: "tensor", a block a parameter; "packed", whole parameters in order, a block closing when
-        it reaches 0.9 times the median parameter; an int N, blocks of N elements of the concatenation.
+        it reaches 0.9 times the median parameter; "joined", the same at the size of two coordinates, 2 d / K
+        elements, which joins few where K is large and lets K be as small as 1; an int N, blocks of N elements
+        of the concatenation.
         allocation, norms: see `with_allocation`.
         """
         if not isinstance(named_parameters, Iterable) or isinstance(named_parameters, Mapping):
@@ -122,7 +126,7 @@ class BlockPlan:
             raise ValueError(
                 "BlockPlan.from_parameters: expected a non-empty parameter that requires grad, got none"
             )
-        spans = _cut(tensors, granularity)
+        spans = _cut(tensors, granularity, K)
         numels = [numel for _, numel in spans]
         counts = allocate(numels, K, allocation, norms)
         blocks = map(Block, [name for name, _ in spans], _tile_aligned_offsets(numels), numels, counts)
@@ -151,6 +155,21 @@ class BlockPlan:
             for block, k in zip(self.blocks, counts, strict=True)
         )
         return BlockPlan(self.tensors, tuple(blocks))
+
+    def divided(self, most: int) -> BlockPlan:
+        """The plan with its blocks of more than `most` coordinates cut into equal pieces of no more.
+
+        Elements and coordinates are shared out evenly over the pieces, so that an update's mean-square error
+        stays what it was, while the work, the sum of d_l K_l, falls; an allocation by the pieces' norms then
+        lowers the error too. Pieces have at least 1024 elements, if need be with more coordinates, since
+        smaller ones would leave tiles half empty. Raises ValueError for most < 1.
+        """
+        most = _check_int("BlockPlan.divided: most", most, 1, 2**63 - 1)
+        rows = [row for block in self.blocks for row in _divide(block, most)]
+        names, numels, counts = zip(*rows, strict=True)
+        return BlockPlan(
+            self.tensors, tuple(map(Block, names, _tile_aligned_offsets(numels), numels, counts))
+        )
 
     def select(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         """The plan's tensors in its order, by name; ValueError if one is missing or has another length."""
@@ -321,22 +340,38 @@ def _trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple
             yield name, parameter
 
 
-def _cut(tensors: Sequence[tuple[str, int]], granularity: Granularity | int) -> list[tuple[str, int]]:
+def _cut(tensors: Sequence[tuple[str, int]], granularity: Granularity | int, K: int) -> list[tuple[str, int]]:
     """(name, numel) of each block."""
     if granularity == "tensor":
         return list(tensors)
     if granularity == "packed":
-        return _pack(tensors)
+        return _pack(tensors, PACKING_TARGET * statistics.median(numel for _, numel in tensors))
+    if granularity == "joined":
+        size = JOINING_TARGET * sum(numel for _, numel in tensors)
+        return _pack(tensors, -(-size // _check_int("BlockPlan: K", K, 1, 2**63 - 1)))
     if isinstance(granularity, Integral) and not isinstance(granularity, bool) and int(granularity) >= 1:
         size, total = int(granularity), sum(numel for _, numel in tensors)
         ends = [*range(size, total, size), total]
         return [(f"[{begin}:{end}]", end - begin) for begin, end in pairwise([0, *ends])]
-    raise ValueError(f'BlockPlan: granularity must be "tensor", "packed" or an int >= 1, got {granularity!r}')
+    raise ValueError(
+        f'BlockPlan: granularity must be "tensor", "packed", "joined" or an int >= 1, got {granularity!r}'
+    )
 
 
-def _pack(tensors: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+def _divide(block: Block, most: int) -> list[tuple[str, int, int]]:
+    """(name, numel, k) of the block's pieces."""
+    pieces = max(1, min(-(-block.k // most), block.numel // SMALLEST_PIECE))
+    if pieces == 1:
+        return [(block.name, block.numel, block.k)]
+    ends, counts = ([whole * i // pieces for i in range(pieces + 1)] for whole in (block.numel, block.k))
+    return [
+        (f"{block.name}[{begin}:{end}]", end - begin, last - first)
+        for (begin, end), (first, last) in zip(pairwise(ends), pairwise(counts), strict=True)
+    ]
+
+
+def _pack(tensors: Sequence[tuple[str, int]], target: float) -> list[tuple[str, int]]:
     """Whole tensors in order, a block closing as soon as it reaches the target."""
-    target = PACKING_TARGET * statistics.median(numel for _, numel in tensors)
     packed, names, size = [], [], 0
     for index, (name, numel) in enumerate(tensors):
         names.append(name)

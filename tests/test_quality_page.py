@@ -49,7 +49,10 @@ def test_table_has_losses_shares_and_spread() -> None:
             ),
         ],
     )
-    assert "| choice8 | curvature | 7 | 512 | 600 | 0.6 | 0 | 2 | 2.500 | 62.50% | 50.00% .. 75.00% |" in text
+    assert (
+        "| choice8 | curvature | tensor | 7 | 512 | 600 | 0.6 | 0 | 2 | 2.500 | 62.50% | 50.00% .. 75.00% |"
+        in text
+    )
     assert "seeds 0, 1: the share of FedAvg's loss reduction that Ferret reaches" in text
 
 

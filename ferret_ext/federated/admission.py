@@ -10,7 +10,7 @@ from statistics import median_low
 from typing import Any, NamedTuple
 
 from ferret_ext.federated import digests, wire
-from ferret_ext.federated.algorithms.base import Algorithm, Replica, check, trainable
+from ferret_ext.federated.algorithms.base import Algorithm, Replica, check
 from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.config import RobustConfig
 from ferret_ext.federated.errors import DisagreementError, QuorumError
@@ -179,12 +179,12 @@ def _disagreement(replica: Replica, name: str, dissent: Message) -> str:
         ("digest", replica.digest.hex(), dissent.digest.hex()),
     ):
         check(name, dissent.sender, field_, ours, theirs)
-    size, own = wire.DIGEST_BYTES, digests.of_each(replica.params)
+    size, own = wire.DIGEST_BYTES, digests.of_each(replica.held)
     sent = dissent.array("digests", "u1", (len(own) * size,)).tobytes()
     each = [sent[start : start + size] for start in range(0, len(sent), size)]
     if each == own:
         raise WireError(f"{dissent.sender} has the same digests as the server")
-    difference = digests.first_difference(list(trainable(replica.model)), own, each)
+    difference = digests.first_difference(replica.names, own, each)
     return (
         f"after round {replica.round} client {dissent.client} has other weights than the server: {difference}"
     )

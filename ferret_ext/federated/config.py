@@ -122,6 +122,46 @@ class TrainingConfig:
     torch_compile: bool = option(False, "compiles the model for local training")
 
 
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server steps along the clients' mean update: ferret, fedavg and its kin.
+
+    With an optimiser every party keeps its moments, and fedavg relays the mean update in place of the weights
+    (arXiv 2003.00295).
+    """
+
+    optim: Literal["sgd", "adagrad", "adam", "yogi"] = option(
+        "sgd",
+        "sgd: server_learning_rate times the mean update; adagrad, adam, yogi: adaptive, about "
+        "server_learning_rate for each weight",
+    )
+    momentum: float = option(0.0, "of sgd", at_least=0, at_most=LARGEST_DECAY)
+    beta1: float | None = option(
+        None,
+        "decay of first moments; none: 0 for adagrad, else 0.9",
+        at_least=0,
+        at_most=LARGEST_DECAY,
+    )
+    beta2: float = option(
+        0.99, "decay of second moments, of adam and yogi", at_least=0, at_most=LARGEST_DECAY
+    )
+    epsilon: float = option(
+        1e-3, "added to the root of second moments, which begin at its square", at_least=1e-15, at_most=1e15
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether steps do not depend on former rounds."""
+        return self.optim == "sgd" and self.momentum == 0
+
+    @property
+    def chosen_beta1(self) -> float:
+        """`beta1`, none resolved."""
+        if self.beta1 is None:
+            return 0.0 if self.optim == "adagrad" else 0.9
+        return self.beta1
+
+
 Coordinates = Literal[
     "float32", "float16", "int8", "int4", "int2", "int1", "choice4", "choice8", "choice10", "choice12"
 ]
@@ -139,8 +179,8 @@ class FerretConfig:
     )
     granularity: int | Literal["auto", "tensor", "packed"] = option(
         "auto",
-        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: tensor, for "
-        "reference-code packed",
+        "blocks: one a tensor, packed to about the median tensor, or of N elements; auto: of some tens of "
+        "coordinates, small tensors joined and large ones cut, for reference-code packed",
         at_least=1,
     )
     allocation: Literal["size", "sqrt-size", "equal", "norm", "sqrt-norm", "mse", "curvature"] = option(
@@ -179,10 +219,10 @@ class FerretConfig:
         "weight; later rounds go by the last one's mean",
         above=0,
     )
-    server_warmup: int = option(
-        0,
+    server_warmup: int | None = option(
+        None,
         "rounds in which the server's step rises linearly to server_learning_rate; the first updates are the "
-        "largest, and so is their noise",
+        "largest, and so is their noise; none: 3, for reference-code 0",
         at_least=0,
     )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
@@ -196,10 +236,10 @@ class FerretConfig:
     )
 
     @property
-    def chosen_granularity(self) -> int | Literal["tensor", "packed"]:
-        """`granularity`, auto resolved."""
+    def chosen_granularity(self) -> int | Literal["tensor", "packed", "joined"]:
+        """`granularity`, auto resolved; joined blocks are divided (`ferret.first_plan`)."""
         if self.granularity == "auto":
-            return "tensor" if self.mode == "paper" else "packed"
+            return "joined" if self.mode == "paper" else "packed"
         return self.granularity
 
     @property
@@ -210,6 +250,13 @@ class FerretConfig:
         if self.mode == "reference-code" or self.secure_aggregation:
             return "float32"
         return "choice8" if self.seeds == "per-client" else "int8"
+
+    @property
+    def chosen_server_warmup(self) -> int:
+        """`server_warmup`, none resolved."""
+        if self.server_warmup is None:
+            return 3 if self.mode == "paper" else 0
+        return self.server_warmup
 
     @property
     def chosen_basis(self) -> Literal["rademacher", "uniform", "gaussian"]:
@@ -464,6 +511,7 @@ class SimulationConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     ferret: FerretConfig = field(default_factory=FerretConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     zeroth_order: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
@@ -537,6 +585,7 @@ def _check_together(config: SimulationConfig) -> None:
     if config.algorithm == "ferret" and config.ferret.secure_aggregation:
         _check_secure(config)
     _check_privacy(config)
+    _check_server(config)
     if config.federation.min_deadline > config.federation.max_deadline:
         raise ConfigError(
             f"federation.min_deadline: expected at most federation.max_deadline, which is "
@@ -643,3 +692,20 @@ def _check_privacy(config: SimulationConfig) -> None:
     for found, text in unfit:
         if found:
             raise ConfigError(text)
+
+
+def _check_server(config: SimulationConfig) -> None:
+    """The server's optimiser: which numbers it has, and who takes its steps."""
+    server = config.server
+    if server.momentum and server.optim != "sgd":
+        raise ConfigError(f"server.momentum: expected 0 unless server.optim is sgd, got {server.momentum:g}")
+    if server.beta1 is not None and server.optim == "sgd":
+        raise ConfigError(f"server.beta1: expected none where server.optim is sgd, got {server.beta1:g}")
+    steps_of_its_own = config.algorithm in ("fedkseed", "fedkseed-pro", "decomfl", "feedsign")
+    reference = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
+    if not server.plain and (steps_of_its_own or reference):
+        which = "ferret.mode=reference-code" if reference else config.algorithm
+        told = f"server.optim {server.optim} with server.momentum {server.momentum:g}"
+        raise ConfigError(
+            f"server.optim: expected sgd without momentum for {which}, whose steps are its own, got {told}"
+        )

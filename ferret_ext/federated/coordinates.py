@@ -39,6 +39,17 @@ Bytes = npt.NDArray[np.uint8]
 SHARES: Floats = np.array([(32 - c % 16) / 2.0 ** (5 + c // 16) for c in range(255)] + [0.0], np.float32)
 
 
+def most_a_block(kind: Coordinates) -> int:
+    """How many coordinates a block may have before `ferret.granularity: auto` cuts it.
+
+    64 keep the kernels' lanes full, and of forms with few bits more are needed so that the scale is a
+    sixty-fourth of the block's bits, or a thirty-second of those just over the limit, which are cut in two.
+    """
+    if kind in PACKINGS:
+        return max(64, -(-64 * 8 // PACKINGS[kind].width))
+    return 128 if kind == "float16" else 64
+
+
 def names(kind: Coordinates) -> list[str]:
     """Of the values that `write` gives."""
     if kind in PACKINGS:

@@ -26,7 +26,6 @@ from ferret_ext.federated.zeroth_order import PUBLISHED, given, with_published
 from ferret_ext.plan import BlockPlan
 
 LARGE = 2**63  # stands for any seed
-RELAYED = ("ferret", "decomfl", "feedsign")  # algorithms whose broadcasts stand on each other
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,12 @@ def traffic(config: SimulationConfig, model: Any) -> Traffic:
     broadcast = _broadcast(config, model, plan, update, chosen)
     at_most = config.algorithm == "ferret" and config.ferret.mode == "reference-code"
     more = messages.overhead(chosen) if name_of(config) == messages.NAME else (0, 0)
-    return Traffic(update, broadcast, chosen, clients, config.algorithm in RELAYED, at_most, *more)
+    return Traffic(update, broadcast, chosen, clients, relayed(config), at_most, *more)
+
+
+def relayed(config: SimulationConfig) -> bool:
+    """Whether broadcasts stand on each other, so that a client needs all of them."""
+    return config.algorithm in ("ferret", "decomfl", "feedsign") or not config.server.plain
 
 
 def _update(config: SimulationConfig, model: Any, plan: BlockPlan | None, clients: int) -> int:
@@ -183,6 +187,9 @@ def memory(config: SimulationConfig, model: Any) -> dict[str, int]:
     whole = sum(param.numel() * param.element_size() for param in model.parameters())
     trained = models.trainable_bytes(model)
     parts = {"weights of the server and the clients": 2 * whole, **_copies(config, trained)}
+    parts["moments of the server's optimiser, held by both"] = 2 * moments(config, model)
+    if config.server.optim != "sgd":
+        parts["the mean update, for its step"] = _wide(model)
     evaluated = config.evaluation.max_samples or config.evaluation.per_device_eval_batch_size
     batch = min(evaluated, config.evaluation.per_device_eval_batch_size)
     evaluation = {"activations of a batch in evaluation": activations(config, model, batch, training=False)}
@@ -196,10 +203,10 @@ def _training(config: SimulationConfig, model: Any, trained: int) -> dict[str, i
     name = "activations of a batch in training"
     if config.algorithm in PUBLISHED:
         return {name: activations(config, model, batch, training=False)}
-    moments = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
+    kept = {"adam": 2, "adamw": 2}.get(config.training.optim, int(config.training.momentum > 0))
     return {
         "gradients": trained,
-        "state of the optimiser": moments * trained,
+        "state of the optimiser": kept * trained,
         name: activations(config, model, batch, training=True),
     }
 
@@ -245,7 +252,19 @@ def disk(config: SimulationConfig, model: Any) -> int:
     """Bytes of the run's folder: the model, snapshots, and a ledger of all broadcasts."""
     trained = models.trainable_bytes(model)
     whole: int = sum(param.numel() * param.element_size() for param in model.parameters())
-    every = config.ledger.snapshot_every if config.algorithm in RELAYED else 0
+    every = config.ledger.snapshot_every if relayed(config) else 0
     snapshots = min(config.ledger.keep_snapshots + 1, config.rounds // every) if every else 0
     broadcasts = config.rounds * traffic(config, model).broadcast
-    return whole + snapshots * trained + broadcasts
+    return whole + snapshots * (trained + moments(config, model)) + broadcasts
+
+
+def moments(config: SimulationConfig, model: Any) -> int:
+    """Bytes that one party keeps for the server's optimiser."""
+    if config.server.plain:
+        return 0
+    return (1 if config.server.optim == "sgd" else 2) * _wide(model)
+
+
+def _wide(model: Any) -> int:
+    """Bytes of the trained parameters in the dtype that updates are added up in."""
+    return sum(param.numel() * max(4, param.element_size()) for param in trainable(model).values())

@@ -154,7 +154,7 @@ class FolderJournal:
                         server.recall(records.broadcast(round_))
                     self._release(server, round_ - 1)
                 with _reading(f"snapshot of round {snapshot.round}"):
-                    server.restore(snapshot.weights, snapshot.state, records[snapshot.round].weights)
+                    server.restore(snapshot.held, snapshot.state, records[snapshot.round].weights)
                 return snapshot.round + 1
         return 1
 

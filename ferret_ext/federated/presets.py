@@ -59,7 +59,8 @@ _FERRETS: dict[str, list[Setting]] = {
     ],
     SHARED_ROUND: [("algorithm", "ferret"), ("ferret.mode", "paper"), ("ferret.seeds", "shared-round")],
 }
-_FLOATS = {"coordinates": "float32", "allocation": "size"}  # the method as published, but for 16 bits
+# The method as published, but for 16 bits.
+_FLOATS = {"coordinates": "float32", "allocation": "size", "granularity": "tensor", "server_warmup": 0}
 _ZEROTH_ORDER = {"perturbation": "in_place", "learning_rate": 1e-4}
 _SCALAR_ROUNDS = {"per_device_train_batch_size": 4}
 _SMALL: dict[str, Any] = {
@@ -135,7 +136,12 @@ def _paper(
                 "rounds": ferret_rounds,
                 "server_learning_rate": server / 6,
                 "training": {"learning_rate": rate},
-                "ferret": {"allocation": "norm", "granularity": "packed", "coordinates": "float16"},
+                "ferret": {
+                    "allocation": "norm",
+                    "granularity": "packed",
+                    "coordinates": "float16",
+                    "server_warmup": 0,
+                },
             },
             REFERENCE_CODE: {
                 "rounds": ferret_rounds,
@@ -177,7 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "optim": "adam",
             "learning_rate": 0.003,
         },
-        "ferret": {"K": 4096, "granularity": "packed", **_FLOATS},
+        "ferret": {"K": 4096, **_FLOATS, "granularity": "packed"},
         "evaluation": {"max_samples": 150, "per_device_eval_batch_size": 16},
     },
     # The paper's three clients. A short prompt, because the Alpaca one takes 95 of 512 positions.

@@ -57,7 +57,7 @@ class Server(Generic[R]):
         self.replica = algorithm.replicate(model)
         self.replica.run = run
         if verify_weights:
-            self.replica.weights = digests.together(digests.of_each(self.replica.params))
+            self.replica.weights = digests.together(digests.of_each(self.replica.held))
         opening = algorithm.open(self.replica)
         self.broadcasts: list[Broadcast] = [opening]
         algorithm.rebuild(self.replica, opening)
@@ -119,15 +119,15 @@ class Server(Generic[R]):
         self.replica.round += 1
         self._recall(broadcast)
 
-    def restore(self, weights: Sequence[Tensor], state: Message, digest: bytes) -> None:
-        """Takes the weights and the replica's state as they were after the last round that was recalled.
+    def restore(self, held: Sequence[Tensor], state: Message, digest: bytes) -> None:
+        """Takes what the replica held, and its state, as they were after the last round that was recalled.
 
-        digest: of the weights, as `replica.weights` has it.
+        digest: as `replica.weights` has it.
         """
         self.replica.resume(state)
         with torch.no_grad():
-            for param, value in zip(self.replica.params, weights, strict=True):
-                param.copy_(value)
+            for tensor, value in zip(self.replica.held, held, strict=True):
+                tensor.copy_(value)
         self.replica.weights = digest
 
     def skip(self, rounds: int) -> None:

@@ -33,6 +33,9 @@ def check(config: SimulationConfig) -> None:
         ("algorithm", "ferret", config.algorithm),
         ("adapter.type", "none", config.adapter.type),
         ("training.torch_compile", False, config.training.torch_compile),
+        ("ferret.secure_aggregation", False, config.ferret.secure_aggregation),
+        ("server.optim", "sgd", config.server.optim),
+        ("server.momentum", 0, config.server.momentum),
     ):
         if got != expected:
             raise ConfigError(f"{key}: expected {expected} with several processes a client, got {got}")

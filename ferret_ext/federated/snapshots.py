@@ -1,4 +1,4 @@
-"""Weights after a round, and clients' optimisers, in files of safetensors beside the ledger."""
+"""What a replica held after a round, and clients' optimisers, in files of safetensors beside the ledger."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _STATE = "state of the run"  # of a snapshot's tensors, the one that holds a mes
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The weights after a round, and the replica's state as a message."""
+    """What the replica held after a round (see `base.Replica.held`), and its state as a message."""
 
     round: int
-    weights: list[Tensor]
+    held: list[Tensor]
     state: Message
 
     def fits(self, record: Message) -> bool:
-        """Whether these are the weights of the record's round, to the bit."""
+        """Whether this is of the record's round, to the bit."""
         ours, theirs = self.state, record
         same = (ours.run, ours.round, ours.digest) == (theirs.run, theirs.round, theirs.digest)
         expected = {ours.weights, theirs.weights} - {wire.NO_DIGEST}
-        return same and expected == {digests.together(digests.of_each(self.weights))}
+        return same and expected == {digests.together(digests.of_each(self.held))}
 
 
 class Snapshots:
@@ -58,13 +58,13 @@ class Snapshots:
         replica, every = server.replica, self._config.snapshot_every
         if server.algorithm.self_contained or every == 0 or replica.round % every:
             return
-        params = [param.detach().contiguous() for param in replica.params]
-        weights = digests.together(digests.of_each(params))
+        tensors = [tensor.detach().contiguous() for tensor in replica.held]
+        weights = digests.together(digests.of_each(tensors))
         state = dataclasses.replace(message_of(server, dict(replica.state())), weights=weights)
-        held = torch.frombuffer(bytearray(wire.encode(state)), dtype=torch.uint8)
-        tensors = {str(index): param for index, param in enumerate(params)}
+        encoded = torch.frombuffer(bytearray(wire.encode(state)), dtype=torch.uint8)
+        named = {_STATE: encoded, **{str(index): tensor for index, tensor in enumerate(tensors)}}
         self._folder.mkdir(exist_ok=True)
-        files.replace(self._path(replica.round), lambda path: save_file({**tensors, _STATE: held}, path))
+        files.replace(self._path(replica.round), lambda path: save_file(named, path))
         for round_ in self._rounds()[self._config.keep_snapshots :]:
             self._path(round_).unlink()
 
@@ -76,12 +76,12 @@ class Snapshots:
             try:
                 tensors = load_file(self._path(round_))
                 state = wire.decode(tensors.pop(_STATE).numpy().tobytes())
-                weights = [tensors[str(index)] for index in range(len(server.replica.params))]
+                held = [tensors[str(index)] for index in range(len(server.replica.held))]
             except (OSError, SafetensorError, KeyError, WireError):
                 continue
-            pairs = zip(weights, server.replica.params, strict=True)
-            if all((held.shape, held.dtype) == (param.shape, param.dtype) for held, param in pairs):
-                yield Snapshot(round_, weights, state)
+            pairs = zip(held, server.replica.held, strict=True)
+            if all((ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) for ours, theirs in pairs):
+                yield Snapshot(round_, held, state)
 
     def _rounds(self) -> list[int]:
         """The rounds that there are snapshots of, the newest first."""

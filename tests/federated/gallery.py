@@ -63,7 +63,7 @@ def no_training(*_: Any) -> float:
 
 def _ferret(name: str) -> Algorithm[Any]:
     shared, kind = FERRETS[name]
-    config = FerretConfig(K=40, allocation="norm", coordinates=kind)
+    config = FerretConfig(K=40, allocation="norm", coordinates=kind, server_warmup=0)
     return SharedFerret(config, 0.5, no_training, 3) if shared else Ferret(config, 0.5, no_training)
 
 

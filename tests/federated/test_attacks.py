@@ -55,7 +55,7 @@ def error(model: Any) -> float:
 
 
 def make(variant: str) -> Algorithm[Any]:
-    config = FerretConfig(K=26, coordinates="float32")
+    config = FerretConfig(K=26, coordinates="float32", server_warmup=0)
     if variant == "ferret":
         return Ferret(config, 0.3, train)
     return FedAvg(1.0, train) if variant == "fedavg" else SharedFerret(config, 0.3, train, seed=3)

@@ -9,7 +9,7 @@ import pytest
 
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import settings
-from ferret_ext.federated.config import SimulationConfig, build
+from ferret_ext.federated.config import FerretConfig, SimulationConfig, build
 from ferret_ext.federated.presets import PRESETS, settings_of
 from ferret_ext.federated.settings import ConfigError, read_override, read_yaml
 
@@ -153,9 +153,18 @@ def test_coordinates_are_the_best_known_that_the_seeds_allow(settings: Any, expe
     assert config.ferret.chosen_coordinates == expected
 
 
-def test_presets_keep_to_the_published_coordinates() -> None:
+def test_presets_keep_to_what_is_published() -> None:
     for name in PRESETS:
         given = settings_of(name, "ferret")
         config = build([*given, ("model", "m"), ("data", "d"), ("out", "o")])
         assert config.ferret.chosen_coordinates in ("float16", "float32")
         assert config.ferret.allocation in ("norm", "size")
+        assert config.ferret.granularity in ("tensor", "packed")
+        assert config.ferret.server_warmup == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, 3), ({"mode": "reference-code"}, 0), ({"server_warmup": 0}, 0)]
+)
+def test_the_servers_step_warms_up_unless_told_otherwise(settings: Any, expected: int) -> None:
+    assert FerretConfig(**settings).chosen_server_warmup == expected

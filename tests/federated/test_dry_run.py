@@ -113,7 +113,7 @@ def test_dry_run_says_what_the_run_then_measures(
     row: dict[str, Any] = read_metrics(small_run)[1]
     assert f"a client's update: {row['payload_bytes_up'] // 2:,} bytes" in shown
     assert "model: 107,520 parameters, all trained: 430.1 kB in float32" in shown
-    assert "plan: 20 blocks on 64 coordinates" in shown
+    assert "plan: 14 blocks on 64 coordinates" in shown
     assert "clients: 2 of 4 a round, 3 rounds of ferret" in shown
     assert "2 steps by adam, 2 forward and backward passes" in shown
 

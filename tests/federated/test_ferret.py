@@ -31,11 +31,12 @@ from ferret_ext.federated.wire import WireError
 
 STEP = 0.4
 SEEDS = ("per-client", "shared-round")
+PUBLISHED: dict[str, Any] = {"K": 40, "coordinates": "float32", "allocation": "size", "server_warmup": 0}
 VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
 
 
 def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    config = FerretConfig(**{"K": 40, "coordinates": "float32", "allocation": "size", **settings})
+    config = FerretConfig(**{**PUBLISHED, **settings})
     shared = config.seeds == "shared-round"
     algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
     return federate(algorithm, model, verify_weights=verify_weights)
@@ -236,7 +237,7 @@ def test_too_few_coordinates_are_a_config_error() -> None:
     with pytest.raises(
         ConfigError, match=r"ferret: .*K must be at least the number of blocks, got K = 3 for 4"
     ):
-        federation(K=3)
+        federation(K=3, granularity="tensor")
 
 
 def test_server_draws_the_fraction_of_the_clients() -> None:
@@ -460,3 +461,36 @@ def test_the_reference_codes_step_does_not_warm_up() -> None:
     given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.mode", "reference-code")]
     with pytest.raises(ConfigError, match=r"ferret.server_warmup: expected 0 where ferret.mode is ref"):
         build([*given, ("ferret.server_warmup", 2)])
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_auto_plans_join_small_tensors_and_cut_large_ones(seeds: str) -> None:
+    """All parties alike, whose K_l go by the pieces' norms; K may be less than there are tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 2000), nn.Tanh(), nn.Linear(2000, 3))  # 18000, 2000, 6000 and 3
+    settings = {"granularity": "auto", "allocation": "curvature", "coordinates": "int8", "seeds": seeds}
+    fed = federation(model, K=300, **settings)
+    names = [block.name for block in fed.server.replica.plan.blocks]
+    assert names == [
+        *("0.weight[0:6000]", "0.weight[6000:12000]", "0.weight[12000:18000]", "0.bias"),
+        *("2.weight[0:3000]", "2.weight[3000:6000]", "2.bias"),
+    ]
+    first = [block.k for block in fed.server.replica.plan.blocks]
+    for _ in range(2):
+        fed.round()
+    fed.catch_up()
+    assert fed.client.plan == fed.server.replica.plan
+    assert [block.k for block in fed.client.plan.blocks] != first
+    assert torch.equal(flat(fed.client.params), flat(fed.server.replica.params))
+    assert len(federation(K=2, **settings).server.replica.plan.blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [("float32", 64), ("float16", 128), ("int8", 64), ("int1", 512), ("choice4", 103), ("choice8", 64)],
+)
+def test_scales_stay_a_small_share_of_a_block(kind: Any, most: int) -> None:
+    """A sixty-fourth of the bits at the most coordinates that auto gives a block."""
+    assert coordinates.most_a_block(kind) == most
+    if kind in coordinates.PACKINGS:
+        assert 8 / (coordinates.PACKINGS[kind].width * most) <= 1 / 64

@@ -31,6 +31,8 @@ VARIANTS: dict[str, list[str]] = {
     "fedit": ["algorithm=fedit", "training.optim=auto", "training.keep_state=true"],
     "fedkseed-pro": ["algorithm=fedkseed-pro", "zeroth_order.steps=3", "zeroth_order.candidate_seeds=20"],
     "decomfl": ["algorithm=decomfl"],
+    "ferret-adam": ["server.optim=adam", "server_learning_rate=0.003", "ferret.allocation=norm"],
+    "fedavg-momentum": ["algorithm=fedavg", "server.momentum=0.5", "server_learning_rate=0.5"],
 }
 WEIGHTS = Path("model") / "model.safetensors"
 

@@ -176,7 +176,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["rounds=0"], "rounds: expected an integer and >= 1, got '0'"),
         (["ronds=3"], "did you mean rounds?"),
-        (["ferret.K=2"], "K must be at least the number of blocks, got K = 2 for 20 blocks"),
+        (
+            ["ferret.K=2", "ferret.granularity=tensor"],
+            "K must be at least the number of blocks, got K = 2 for 20 blocks",
+        ),
         (["--model", "/absent"], "model: expected a folder or a hub name, got '/absent'"),
         (["--data", "absent.jsonl"], "data absent.jsonl: expected a file or a folder, found neither"),
         (["--data", "builtin:other"], "expected one of builtin:alpaca"),
@@ -215,7 +218,13 @@ def test_simulate_keeps_a_folder_with_something_in_it(
 
 
 @pytest.mark.parametrize(
-    "bad", [["device=tpv"], ["--model", "/absent"], ["--data", "absent.jsonl"], ["ferret.K=2"]]
+    "bad",
+    [
+        ["device=tpv"],
+        ["--model", "/absent"],
+        ["--data", "absent.jsonl"],
+        ["ferret.K=2", "ferret.granularity=tensor"],
+    ],
 )
 def test_refused_run_leaves_its_folder_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: list[str]

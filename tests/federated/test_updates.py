@@ -190,7 +190,9 @@ def test_fedavg_steps_along_the_middle(rule: Any) -> None:
 
 def test_clients_follow_clipped_rounds_to_the_bit() -> None:
     """Also where the next plan goes by norms: those of what was clipped, not of what was sent."""
-    fed = federate(Ferret(FerretConfig(K=400, allocation="norm", coordinates="float32"), 0.4, train))
+    fed = federate(
+        Ferret(FerretConfig(K=400, allocation="norm", coordinates="float32", server_warmup=0), 0.4, train)
+    )
     sent = [reply.payload for reply in fed.replies()]
     gammas = np.zeros(400, np.float32)
     gammas[:9] = 10 * norm_of(sent[1])  # all in the first block

@@ -22,7 +22,7 @@ def numels(plan: BlockPlan) -> list[int]:
     return [block.numel for block in plan.blocks]
 
 
-granularities = st.one_of(st.sampled_from(["tensor", "packed"]), st.integers(1, 3000))
+granularities = st.one_of(st.sampled_from(["tensor", "packed", "joined"]), st.integers(1, 3000))
 sizes = st.lists(st.integers(1, 2000), min_size=1, max_size=12)
 
 
@@ -42,6 +42,20 @@ def test_granularity_packed_closes_a_block_at_nine_tenths_of_the_median() -> Non
     )
     assert numels(plan) == [90, 100, 1000, 189, 300, 100, 20]
     assert [block.name for block in plan.blocks] == ["p0..p1", "p2", "p3", "p4..p5", "p6", "p7", "p8"]
+
+
+def test_granularity_joined_closes_a_block_at_the_size_of_two_coordinates() -> None:
+    # 2 * 1000 / 20, so a block closes at 100 elements or more
+    plan = BlockPlan.from_parameters(parameters(60, 40, 500, 99, 1, 280, 20), 20, granularity="joined")
+    assert numels(plan) == [100, 500, 100, 280, 20]
+    assert [block.name for block in plan.blocks] == ["p0..p1", "p2", "p3..p4", "p5", "p6"]
+
+
+@given(sizes, st.integers(1, 30))
+def test_granularity_joined_has_blocks_for_any_k(counts: list[int], K: int) -> None:
+    plan = BlockPlan.from_parameters(parameters(*counts), K, granularity="joined", allocation="sqrt-size")
+    assert plan.K == K
+    assert len(plan.blocks) <= K // 2 + 1
 
 
 def test_granularity_int_cuts_the_concatenation() -> None:
@@ -98,6 +112,48 @@ def test_plan_cuts_every_element_into_exactly_one_block(
     for block, following in zip(plan.blocks, plan.blocks[1:], strict=False):
         assert block.offset % TILE == 0
         assert block.offset + block.numel <= following.offset < block.offset + block.numel + TILE
+
+
+def test_divided_cuts_blocks_of_many_coordinates_into_equal_pieces() -> None:
+    """Elements and coordinates alike; a piece has 1024 elements at least."""
+    blocks = (Block("a", 0, 5000, 20), Block("b", 5120, 2500, 90), Block("c", 7680, 9, 8))
+    plan = BlockPlan((("p", 7000), ("q", 509)), blocks).divided(8)
+    assert [(block.name, block.numel, block.k) for block in plan.blocks] == [
+        ("a[0:1666]", 1666, 6),
+        ("a[1666:3333]", 1667, 7),
+        ("a[3333:5000]", 1667, 7),
+        ("b[0:1250]", 1250, 45),
+        ("b[1250:2500]", 1250, 45),
+        ("c", 9, 8),
+    ]
+    assert [block.offset for block in plan.blocks] == [0, 2048, 4096, 6144, 7680, 9216]
+    assert plan.divided(8).K == plan.K == 118
+    assert plan.divided(200) == plan
+
+
+@given(st.lists(st.integers(1, 20000), min_size=1, max_size=6), st.integers(6, 3000), st.integers(1, 200))
+def test_divided_keeps_the_error_and_saves_work(counts: list[int], K: int, most: int) -> None:
+    """Of an update of equal elements, sum d_l^2 / K_l changes by what whole numbers leave over alone."""
+    plan = BlockPlan.from_parameters(parameters(*counts), max(K, len(counts)), allocation="sqrt-size")
+    cut = plan.divided(most)
+    assert (cut.tensors, cut.K) == (plan.tensors, plan.K)
+    assert all(block.k <= most or block.numel < 2048 for block in cut.blocks)
+    assert sum(numels(cut)) == sum(counts)
+    assert min(block.k for block in cut.blocks) >= 1
+    work = [sum(block.numel * block.k for block in it.blocks) for it in (plan, cut)]
+    assert work[1] <= work[0]
+    for block in plan.blocks:
+        inside = [it for it in cut.blocks if it.name == block.name or it.name.startswith(f"{block.name}[")]
+        assert sum(it.k for it in inside) == block.k
+        densities = [it.k / it.numel for it in inside]
+        assert (
+            max(abs(density * block.numel / block.k - 1) for density in densities) < 2 * len(inside) / block.k
+        )
+
+
+def test_divided_refuses_less_than_one() -> None:
+    with pytest.raises(ValueError, match=r"BlockPlan.divided: most must be an int in \[1, .* got 0"):
+        BlockPlan.from_parameters(parameters(9), 3).divided(0)
 
 
 @given(sizes, granularities)

@@ -40,7 +40,9 @@ def test_k_too_large_for_a_block() -> None:
 
 @pytest.mark.parametrize("granularity", ["layer", 0, -1, 1.5, True, None])
 def test_granularity_unknown(granularity: Any) -> None:
-    with pytest.raises(ValueError, match='granularity must be "tensor", "packed" or an int >= 1, got '):
+    with pytest.raises(
+        ValueError, match='granularity must be "tensor", "packed", "joined" or an int >= 1, got '
+    ):
         BlockPlan.from_parameters(named(5), 3, granularity=granularity)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ferret_ext.federated import adapters
 from ferret_ext.federated.algorithms.base import Algorithm, Train
-from ferret_ext.federated.algorithms.fedavg import FedAvg
+from ferret_ext.federated.algorithms.fedavg import FedAvg, FedOpt
 from ferret_ext.federated.algorithms.fedkseed import FedKSeed, FedKSeedPro
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.algorithms.ferret_reference import FerretReference
@@ -26,10 +26,10 @@ SEEDED: dict[str, type[FedKSeed] | type[DeComFL]] = {
 
 def create(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[Any]:
     """The algorithm that `config.algorithm` names, around the clients' local training."""
-    step, train, privacy = config.server_learning_rate, trainer.train, _client_side(config)
+    train = trainer.train
     makers: dict[str, Callable[[], Algorithm[Any]]] = {
         "ferret": lambda: _ferret(config, train),
-        **{name: partial(FedAvg, step, train, name, privacy) for name in ("fedavg", *adapters.PUBLISHED)},
+        **{name: partial(_fedavg, config, train, name) for name in ("fedavg", *adapters.PUBLISHED)},
         **dict.fromkeys(PUBLISHED, partial(_zeroth_order, config, trainer)),
     }
     return makers[config.algorithm]()
@@ -49,15 +49,23 @@ def notes(config: SimulationConfig) -> list[str]:
 
 def _ferret(config: SimulationConfig, train: Train) -> Algorithm[Any]:
     chosen, step, seed = config.ferret, config.server_learning_rate, config.seed
+    more: dict[str, Any] = {"privacy": _client_side(config), "server": config.server}
     if chosen.mode == "reference-code":
         return FerretReference(chosen, step, train, config.rounds, derive(seed, "pool"))
     if chosen.secure_aggregation:
         from ferret_ext.federated.secure.ferret import SecureFerret  # which stands on this package
 
-        return SecureFerret(chosen, step, train, derive(seed, "bases"), privacy=_client_side(config))
+        return SecureFerret(chosen, step, train, derive(seed, "bases"), **more)
     if chosen.seeds == "shared-round":
-        return SharedFerret(chosen, step, train, derive(seed, "bases"), privacy=_client_side(config))
-    return Ferret(chosen, step, train, privacy=_client_side(config))
+        return SharedFerret(chosen, step, train, derive(seed, "bases"), **more)
+    return Ferret(chosen, step, train, **more)
+
+
+def _fedavg(config: SimulationConfig, train: Train, name: str) -> Algorithm[Any]:
+    rate, privacy = config.server_learning_rate, _client_side(config)
+    if config.server.plain:
+        return FedAvg(rate, train, name, privacy)
+    return FedOpt(rate, train, name, privacy, server=config.server)
 
 
 def _client_side(config: SimulationConfig) -> ClientSide | None:
@@ -73,6 +81,5 @@ def _zeroth_order(config: SimulationConfig, trainer: LocalTrainer) -> Algorithm[
     loss = partial(batch_loss, pad_token_id=trainer.pad_token_id)
     batch_size = trainer.config.per_device_train_batch_size
     if name == "fedzo":
-        train = ZerothOrderTrainer(settings, loss, batch_size).train
-        return FedAvg(rate, train, name, _client_side(config))
+        return _fedavg(config, ZerothOrderTrainer(settings, loss, batch_size).train, name)
     return SEEDED[name](settings, rate, derive(config.seed, "directions"), loss, batch_size)

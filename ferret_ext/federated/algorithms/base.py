@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ferret_ext.checks import KINDS
 from ferret_ext.federated import digests, wire
+from ferret_ext.federated.algorithms.server_optimizer import ServerOptimizer
 from ferret_ext.federated.algorithms.updates import Rule, Updates
 from ferret_ext.federated.client import LocalFailure
 from ferret_ext.federated.data.tokens import Example
@@ -42,9 +43,10 @@ class Replica:
     """One party's copy of the global model, as it stands after `round`.
 
     params: the trainable parameters, changed in place. start: a client's copy of them as its round began.
-    run: names the run; a client learns it from round 0's broadcast. weights: the digest of the parameters
-    after `round`, zeros where nobody compares them. marked: the round whose parameters are the start.
-    cut: the parameters where FSDP2 has cut them over several ranks, and `params` are this one's parts.
+    run: names the run; a client learns it from round 0's broadcast. weights: the digest of what is `held`
+    after `round`, zeros where nobody compares it. marked: the round whose parameters are the start.
+    optimizer: the server's, which every party keeps; None where its step is plain. cut: the parameters where
+    FSDP2 has cut them over several ranks, and `params` are this one's parts.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class Replica:
     run: bytes = wire.NO_DIGEST
     weights: bytes = wire.NO_DIGEST
     marked: int = -1
+    optimizer: ServerOptimizer | None = None
     cut: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,14 +68,30 @@ class Replica:
 
     @property
     def digest(self) -> bytes:
-        """What all parties must agree on before they exchange numbers: names, shapes and dtypes."""
+        """What all parties must agree on before they exchange numbers: names, shapes, dtypes, settings."""
+        return self.shapes if self.optimizer is None else self.optimizer.agreed(self.shapes)
+
+    @property
+    def shapes(self) -> bytes:
+        """A digest of names, shapes and dtypes."""
         named = trainable(self.model).items()
         text = "".join(f"{name} {list(param.shape)} {param.dtype}\n" for name, param in named)
         return hashlib.sha256(text.encode()).digest()[: wire.DIGEST_BYTES]
 
+    @property
+    def held(self) -> list[Tensor]:
+        """What all parties hold alike: the parameters, and what the server's optimiser keeps."""
+        return [*self.params, *(self.optimizer.moments if self.optimizer else ())]
+
+    @property
+    def names(self) -> list[str]:
+        """Of what is `held`."""
+        names = list(trainable(self.model))
+        return [*names, *(self.optimizer.names(names) if self.optimizer else ())]
+
     def digests(self) -> list[bytes]:
-        """Of each parameter as a whole."""
-        return digests.of_each_cut(self.cut) if self.cut else digests.of_each(self.params)
+        """Of each of what is `held`, as a whole."""
+        return digests.of_each_cut(self.cut) if self.cut else digests.of_each(self.held)
 
     @torch.no_grad()
     def mark(self) -> None:
@@ -94,8 +113,8 @@ class Replica:
     def adopt(self, other: Replica) -> None:
         """Takes over another replica's weights, and all else that the next round depends on."""
         self.resume(Message("", "record", other.digest, other.round, values=other.state()))
-        for param, value in zip(self.params, other.params, strict=True):
-            param.copy_(value)
+        for ours, theirs in zip(self.held, other.held, strict=True):
+            ours.copy_(theirs)
         self.round, self.run, self.weights = other.round, other.run, other.weights
 
     def state(self) -> Values:
@@ -289,11 +308,11 @@ class Algorithm(ABC, Generic[R]):
         message = self._broadcast(replica, replica.round + 1, self.combine(replica, updates))
         wire.check(message)
         self.advance(replica, message)
-        if not all(map(_all_finite, replica.params)):
+        if not all(map(_all_finite, replica.held)):
             raise wire.NotFiniteError(f"{self.name}: weights after round {message.round} must be finite")
         replica.round = message.round
         if replica.weights != wire.NO_DIGEST:
-            replica.weights = digests.together(digests.of_each(replica.params))
+            replica.weights = digests.together(digests.of_each(replica.held))
         return wire.encode(replace(message, weights=replica.weights))
 
     def _broadcast(self, replica: R, round_: int, values: Values, weights: bytes = wire.NO_DIGEST) -> Message:

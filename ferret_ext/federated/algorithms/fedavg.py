@@ -2,12 +2,16 @@
 
 update     w_{r-1} - w_i of each trainable parameter, flat, in its dtype, as "0", "1", ...
 broadcast  w_r of each trainable parameter in the same way; none in round 0
+
+With an optimiser on the server (FedAvgM, FedAdam, ..; see `server_optimizer`):
+
+broadcast  the mean update in the same way
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +29,9 @@ from ferret_ext.federated.algorithms.base import (
     trainable,
     unpack,
 )
+from ferret_ext.federated.algorithms.server_optimizer import ServerOptimizer
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
+from ferret_ext.federated.config import ServerConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.privacy import ClientSide
 from ferret_ext.federated.seeds import derive
@@ -79,3 +85,37 @@ class FedAvg(Algorithm[Replica]):
         with torch.no_grad():
             for index, param in enumerate(replica.params):
                 param.copy_(unpack(broadcast, index, param))
+
+
+@dataclass(frozen=True)
+class FedOpt(FedAvg):
+    """FedAvg whose server steps by an optimiser (Reddi et al., arXiv 2003.00295).
+
+    The mean update is rounded once to the parameters' dtype and relayed, and every party makes the step: what
+    the optimiser keeps follows from the broadcasts and never travels. So a client that comes late needs all
+    of them, where FedAvg's needs the last.
+    """
+
+    self_contained = False
+    server: ServerConfig = field(default_factory=ServerConfig, kw_only=True)
+
+    def replicate(self, model: Any) -> Replica:
+        replica = super().replicate(model)
+        replica.optimizer = ServerOptimizer.on(self.server, replica.params)
+        return replica
+
+    def combine(self, replica: Replica, updates: Updates) -> Values:
+        def mean(index: int, param: Tensor) -> Tensor:
+            return updates.average(partial(unpack, index=index, like=param)).to(param.dtype)
+
+        return pack(mean(index, param) for index, param in enumerate(replica.params))
+
+    def advance(self, replica: Replica, broadcast: Message) -> None:
+        check_packed(broadcast, replica.params)
+
+        def add(tensors: list[Tensor]) -> None:
+            for index, (tensor, param) in enumerate(zip(tensors, replica.params, strict=True)):
+                tensor.add_(unpack(broadcast, index, param))
+
+        assert replica.optimizer is not None, "FedAvg makes plain steps"
+        replica.optimizer.step(replica.params, add, self.server_learning_rate)

@@ -11,6 +11,8 @@ or, with `ferret.seeds: shared-round`, one for all clients of a round:
 
     update     the same, with the seed that the last broadcast announced
     broadcast  contract int, step float, gammas float32 [K], next_seed int; round 0's: contract, next_seed
+
+The step is the plain one or that of an optimiser, which every party keeps (see `server_optimizer`).
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ from ferret_ext.federated.algorithms.base import (
     stream_contract,
 )
 from ferret_ext.federated.algorithms.plans import PlanReplica, make_plan
+from ferret_ext.federated.algorithms.server_optimizer import ServerOptimizer
 from ferret_ext.federated.algorithms.updates import ALL_RULES, Updates
-from ferret_ext.federated.config import FerretConfig
+from ferret_ext.federated.config import FerretConfig, ServerConfig
 from ferret_ext.federated.metrics import Stopwatch
 from ferret_ext.federated.privacy import ClientSide
 from ferret_ext.federated.seeds import derive
@@ -62,6 +65,7 @@ class Projecting(Algorithm[P]):
     server_learning_rate: float
     train: Train
     privacy: ClientSide | None = field(default=None, kw_only=True)
+    server: ServerConfig = field(default_factory=ServerConfig, kw_only=True)
 
     def notes(self, replica: P) -> list[str]:
         size = sum(param.numel() for param in replica.params)
@@ -117,7 +121,7 @@ class Projecting(Algorithm[P]):
 
     def step(self, round_: int) -> float:
         """The server's step in a round."""
-        warmup = max(1, self.config.server_warmup)
+        warmup = max(1, self.config.chosen_server_warmup)
         return self.server_learning_rate * min(1.0, round_ / warmup)
 
     @abstractmethod
@@ -139,7 +143,8 @@ class Ferret(Projecting[PlanReplica]):
 
     def replicate(self, model: Any) -> PlanReplica:
         plan = first_plan(self.config, model)
-        return PlanReplica(model, plan.select(model.named_parameters()), plan=plan)
+        params = plan.select(model.named_parameters())
+        return PlanReplica(model, params, plan=plan, optimizer=ServerOptimizer.on(self.server, params))
 
     def contribute(self, replica: PlanReplica, data: LocalData, watch: Stopwatch) -> tuple[Values, float]:
         return self.project(replica, data, derive(data.seed, "basis"), watch)
@@ -215,7 +220,8 @@ class SharedFerret(Projecting[SharedReplica]):
 
     def replicate(self, model: Any) -> SharedReplica:
         plan = first_plan(self.config, model)
-        return SharedReplica(model, plan.select(model.named_parameters()), plan=plan)
+        params = plan.select(model.named_parameters())
+        return SharedReplica(model, params, plan=plan, optimizer=ServerOptimizer.on(self.server, params))
 
     def opening(self, replica: SharedReplica) -> Values:
         return {**super().opening(replica), "next_seed": self._seed_of(1)}
@@ -265,6 +271,8 @@ def first_plan(config: FerretConfig, model: Any) -> ferret_ext.BlockPlan:
     """The plan of round 1, when no norms are known. Raises ConfigError."""
     allocation = "sqrt-size" if config.allocation in BY_NORM else config.allocation
     plan = make_plan(model, config.K, config.chosen_granularity, allocation)
+    if config.granularity == "auto":
+        plan = plan.divided(coordinates.most_a_block(config.chosen_coordinates))
     try:
         coordinates.candidates(plan, config.chosen_coordinates)
     except ValueError as error:

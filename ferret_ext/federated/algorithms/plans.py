@@ -28,7 +28,7 @@ class PlanReplica(Replica):
     plan: ferret_ext.BlockPlan
 
     @property
-    def digest(self) -> bytes:
+    def shapes(self) -> bytes:
         return bytes.fromhex(self.plan.digest())[: wire.DIGEST_BYTES]
 
     @property
@@ -57,11 +57,18 @@ class PlanReplica(Replica):
         return self._total(squares).sqrt().tolist()
 
     def walk(self, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float, basis: Basis) -> None:
-        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share)."""
-        device = self.params[0].device
+        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share), or the optimiser's step."""
+        device, part = self.params[0].device, self.part
         moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
+
+        def add(tensors: list[Tensor], alpha: float = 1.0) -> None:
+            ferret_ext.apply_(part, tensors, moved, alpha, basis=basis)
+
         with torch.no_grad():
-            ferret_ext.apply_(self.part, self.params, moved, -step, basis=basis)
+            if self.optimizer is None:
+                add(self.params, -step)
+            else:
+                self.optimizer.step(self.params, add, step)
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over all ranks that have a part of the model."""

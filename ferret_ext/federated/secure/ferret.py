@@ -19,6 +19,7 @@ import numpy as np
 from ferret_ext.federated import wire
 from ferret_ext.federated.algorithms.base import LocalData, Values, check, rounded
 from ferret_ext.federated.algorithms.ferret import SharedFerret, SharedReplica, first_plan
+from ferret_ext.federated.algorithms.server_optimizer import ServerOptimizer
 from ferret_ext.federated.algorithms.updates import Updates
 from ferret_ext.federated.client import LocalFailure
 from ferret_ext.federated.dialogue import Dialogue
@@ -56,7 +57,8 @@ class SecureFerret(SharedFerret):
 
     def replicate(self, model: Any) -> SecureReplica:
         plan = first_plan(self.config, model)
-        return SecureReplica(model, plan.select(model.named_parameters()), plan=plan)
+        params = plan.select(model.named_parameters())
+        return SecureReplica(model, params, plan=plan, optimizer=ServerOptimizer.on(self.server, params))
 
     def opening(self, replica: SharedReplica) -> Values:
         first = integers.first_reaches(replica.plan, self.config.secure_range)
