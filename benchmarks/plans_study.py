@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_round import llama
+from bench_round import SHAPES, llama
 from quality import SCALES, Form, first_update, predicted
 from timer import write
 
@@ -111,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(1)
     named, update = first_update(options)
     with torch.device("meta"):
-        large = list(llama(22, 2048).named_parameters())
+        large = list(llama(SHAPES["tinyllama"], torch.device("meta")).named_parameters())
     rows = []
     for row in chain(plan_rows(SMALL, named, update), plan_rows(LARGE, large, None)):
         rows.append(row)

@@ -164,7 +164,7 @@ class BlockPlan:
         lowers the error too. Pieces have at least 1024 elements, if need be with more coordinates, since
         smaller ones would leave tiles half empty. Raises ValueError for most < 1.
         """
-        most = _check_int("BlockPlan.divided: most", most, 1, 2**63 - 1)
+        most = check_int("BlockPlan.divided: most", most, 1, 2**63 - 1)
         rows = [row for block in self.blocks for row in _divide(block, most)]
         names, numels, counts = zip(*rows, strict=True)
         return BlockPlan(
@@ -348,7 +348,7 @@ def _cut(tensors: Sequence[tuple[str, int]], granularity: Granularity | int, K: 
         return _pack(tensors, PACKING_TARGET * statistics.median(numel for _, numel in tensors))
     if granularity == "joined":
         size = JOINING_TARGET * sum(numel for _, numel in tensors)
-        return _pack(tensors, -(-size // _check_int("BlockPlan: K", K, 1, 2**63 - 1)))
+        return _pack(tensors, -(-size // check_int("BlockPlan: K", K, 1, 2**63 - 1)))
     if isinstance(granularity, Integral) and not isinstance(granularity, bool) and int(granularity) >= 1:
         size, total = int(granularity), sum(numel for _, numel in tensors)
         ends = [*range(size, total, size), total]
