@@ -139,7 +139,8 @@ def test_ctrl_c_stops_a_run_after_what_it_has_is_saved(tmp_path: Path) -> None:
     out, model = tmp_path / "run", models.TINY_LLAMA
     ferret = [sys.executable, "-m", "ferret_ext.federated"]
     command = [*ferret, "simulate", *SMALL, "--rounds=100000", f"--out={out}"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=hears_ctrl_c, **pipes) as process:
         while process.poll() is None and len(rows(out)) < 4:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -151,6 +152,11 @@ def test_ctrl_c_stops_a_run_after_what_it_has_is_saved(tmp_path: Path) -> None:
     assert main(["replay", model, str(out), str(tmp_path / "rebuilt")]) == 0
     (newest,) = deque(ledger.read(out / "ledger"), maxlen=1)
     assert newest.round >= rows(out)[-1]["round"] >= 3
+
+
+def hears_ctrl_c() -> None:
+    """A shell's background jobs ignore the signal, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
