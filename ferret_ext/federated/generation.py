@@ -93,7 +93,12 @@ def _greedy(
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad_token_id
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        eos_token_id=stops,
+        pad_token_id=pad_token_id,
+        use_cache=not virtual_tokens(model),  # with a cache, PEFT 0.21 and transformers 5.24 go on otherwise
     )
     model.eval()
     with _generation_config(model, plain):

@@ -68,7 +68,7 @@ def _ferret(name: str) -> Algorithm[Any]:
 
 
 def _secure() -> Algorithm[Any]:
-    return SecureFerret(FerretConfig(K=40, allocation="norm"), 0.5, no_training, 3)
+    return SecureFerret(FerretConfig(K=40, allocation="norm", server_warmup=0), 0.5, no_training, 3)
 
 
 def _seeded(name: str) -> Algorithm[Any]:

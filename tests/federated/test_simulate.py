@@ -311,5 +311,5 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         simulate("--help")
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--training.learning_rate", "--ferret.K", "--num-clients", "--overwrite"):
+    for flag in ("--training.learning_rate", "--ferret.K", "--num_clients", "--overwrite"):
         assert flag in shown

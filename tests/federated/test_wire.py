@@ -190,7 +190,7 @@ def extension(code: int, *lengths: int, dtype: bytes = b"") -> Any:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"kind": 4}, "kind must be one of 0 .. 3, got 4"),
+        ({"kind": 6}, "kind must be one of 0 .. 5, got 6"),
         ({"kind": True}, "shortest form"),
         ({"algorithm": ""}, "algorithm must be 1 to 64 printable characters of ASCII, got ''"),
         ({"algorithm": "a\n"}, r"printable characters of ASCII, got 'a\\n'"),
@@ -254,7 +254,10 @@ def test_wrong_frames_are_named(data: bytes, message: str) -> None:
     ("changed", "message"),
     [
         ({"digest": b"short"}, "digest must be 8 bytes, got b'short'"),
-        ({"kind": "reply"}, "kind must be one of update, broadcast, dissent, record, got 'reply'"),
+        (
+            {"kind": "reply"},
+            "kind must be one of update, broadcast, dissent, record, request, answer, got 'reply'",
+        ),
         ({"algorithm": "x" * 65}, "algorithm must be 1 to 64 printable characters"),
         ({"algorithm": "é"}, "algorithm must be 1 to 64 printable characters"),
         ({"round": -1}, r"round must be an integer in \[0, 2\^32\), got -1"),

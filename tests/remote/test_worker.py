@@ -269,8 +269,8 @@ def test_rounds_over_the_socket(served: tuple[Path, Worker], leader: Leader) -> 
     [
         (b"\x05\0\0\0hello", "FrameError"),
         (b"\xff\xff\xff\xff", "must have at most 1048576 bytes"),
-        (frames.encode({"kind": "dance"}), "kind: expected hello or train, got 'dance'"),
-        (frames.encode({}), "kind: expected hello or train, got None"),
+        (frames.encode({"kind": "dance"}), "kind: expected hello, train or ask, got 'dance'"),
+        (frames.encode({}), "kind: expected hello, train or ask, got None"),
     ],
 )
 def test_what_is_no_call_is_answered_and_others_are_heard(

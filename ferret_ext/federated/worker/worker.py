@@ -115,7 +115,7 @@ class Worker:
     def answer(self, frame: Mapping[str, Any]) -> Frame:
         """The answer to a call: a reply, or an error."""
         answer = self._try(frame)
-        if answer["kind"] == "error":
+        if answer["kind"] == "error" and answer["type"] != CallError.__name__:
             _free_memory()  # now that no traceback holds tensors any more
         member = self._member
         self._place = (member.run, member.seen) if member else (NO_DIGEST, 0)
