@@ -20,9 +20,9 @@ def crashes(*options: str) -> dict[str, int]:
 
 
 def test_runs_killed_at_any_moment_go_on_to_the_same_bits() -> None:
-    counts = crashes("--boundaries", "16", "--moments", "40")
-    assert counts["killed at boundaries"] >= 45
-    assert counts["killed at random moments"] >= 120
+    counts = crashes("--boundaries", "22", "--moments", "70")
+    assert counts["killed at boundaries"] >= 60
+    assert counts["killed at random moments"] >= 200
 
 
 @pytest.mark.slow
