@@ -69,8 +69,9 @@ these few seeds go:
 
 - **Server**: within ten rounds momentum and adaptive steps gain nothing for Ferret. Momentum goes on with
   the noise of former rounds too, and the root of Adam's second moments is that of the noise, which is many
-  times the update. On FedAvg's mean, which has none, momentum gains; where 2 of 40 clients are drawn, Ferret
-  is as good with it as without. The plain step stays the default.
+  times the update. For FedAvg, whose mean has no such noise, momentum made no difference beyond the spread
+  of two seeds; nor did it for Ferret where 2 of 40 clients are drawn, in the one run there is. The plain
+  step stays the default.
 - **Local optimiser**: AdamW, at the best of three rates, was behind SGD. SGD stays the default.
 - **Local steps**: ten a round are best for the same work in all; fifty take a tenth of the bytes of five,
   and lose much.
