@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ferret_ext.federated.errors import QuorumError
+from ferret_ext.federated.errors import QuorumError, RunError
 from ferret_ext.federated.wire import Message
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ LeftOut = Callable[[int, str], None]  # client, reason
 
 
 def nobody_to_ask(round_: int, requests: Mapping[int, bytes], enough: int, least: int) -> list[Reply]:
-    raise NotImplementedError("this engine carries updates alone")
+    """For engines that carry updates alone. Raises RunError."""
+    raise RunError(f"round {round_}: expected an engine that carries requests to clients, got updates alone")
 
 
 class Dialogue:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ferret_ext.federated.cli import main
+from ferret_ext.federated.evaluation import Evaluator
 
 SMALL = [
     *("--model", "builtin:tiny-llama", "--data", "builtin:gsm8k", "--rounds", "3", "--num-clients", "4"),
@@ -27,6 +29,19 @@ SMALL = [
 
 def read_metrics(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, round_: int) -> None:
+    """Ctrl-C while the model of this round is evaluated, once."""
+    original = Evaluator.after_round
+
+    def after_round(self: Evaluator, rounds: int, now: int, *rest: Any) -> Any:
+        if now == round_:
+            monkeypatch.setattr(Evaluator, "after_round", original)
+            raise KeyboardInterrupt
+        return original(self, rounds, now, *rest)
+
+    monkeypatch.setattr(Evaluator, "after_round", after_round)
 
 
 @pytest.fixture(scope="session")

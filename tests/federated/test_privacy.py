@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, read_metrics
+from conftest import SMALL, interrupted_after, read_metrics
 from federation import deliver, federate, flat, toy, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +24,6 @@ from ferret_ext.federated.algorithms.fedavg import FedAvg
 from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.config import FerretConfig, PrivacyConfig, RobustConfig, build
-from ferret_ext.federated.evaluation import Evaluator
 from ferret_ext.federated.privacy import ClientSide, Release, secure_normal
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
@@ -313,18 +312,6 @@ def simulate(out: Path, *more: str) -> int:
     return main(["simulate", *SMALL, "--out", str(out), "rounds=3", *PRIVATE, *more])
 
 
-def interrupted_in(monkeypatch: pytest.MonkeyPatch, round_: int) -> None:
-    original = Evaluator.after_round
-
-    def after_round(self: Evaluator, rounds: int, now: int, *rest: Any) -> Any:
-        if now == round_:
-            monkeypatch.setattr(Evaluator, "after_round", original)
-            raise KeyboardInterrupt
-        return original(self, rounds, now, *rest)
-
-    monkeypatch.setattr(Evaluator, "after_round", after_round)
-
-
 def test_noise_of_clients_goes_with_secure_aggregation(tmp_path: Path) -> None:
     """The same noise under masks: the same run, but for the rounding to integers, and the same epsilon."""
     more = (
@@ -351,7 +338,7 @@ def test_a_run_that_goes_on_has_spent_what_it_has(
     assert simulate(alone, *more) == 0
     said = capsys.readouterr().out
     assert "privacy: none, since privacy.noise_seed lets everybody take the noise off again" in said
-    interrupted_in(monkeypatch, 2)
+    interrupted_after(monkeypatch, 2)
     assert simulate(cut, *more) == 130
     assert main(["resume", str(cut)]) == 0
     rows = read_metrics(alone)
@@ -377,7 +364,7 @@ def test_secret_draws_go_on_after_a_resume_and_stand_in_no_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("privacy.noise_multiplier=2", "privacy.sampling=secret", "num_clients=40", "client_fraction=0.5")
-    interrupted_in(monkeypatch, 2)
+    interrupted_after(monkeypatch, 2)
     assert simulate(tmp_path, *more) == 130
     key = tmp_path / journal.KEY
     assert stat.S_IMODE(key.stat().st_mode) == 0o600

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, read_metrics
+from conftest import SMALL, interrupted_after, read_metrics
 
 from ferret_ext.federated import ledger
 from ferret_ext.federated.cli import main
 from ferret_ext.federated.config import build
-from ferret_ext.federated.evaluation import Evaluator
 from ferret_ext.federated.report import RunFolder
 
 VARIANTS: dict[str, list[str]] = {
@@ -55,19 +54,6 @@ def simulate(out: Path, variant: str, *more: str) -> int:
 def told(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder)
     return [{key: row[key] for key in row if not key.startswith("seconds_")} for row in rows]
-
-
-def interrupted_after(monkeypatch: pytest.MonkeyPatch, round_: int) -> None:
-    """Ctrl-C while the model of this round is evaluated, once."""
-    original = Evaluator.after_round
-
-    def after_round(self: Evaluator, rounds: int, now: int, *rest: Any) -> Any:
-        if now == round_:
-            monkeypatch.setattr(Evaluator, "after_round", original)
-            raise KeyboardInterrupt
-        return original(self, rounds, now, *rest)
-
-    monkeypatch.setattr(Evaluator, "after_round", after_round)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
