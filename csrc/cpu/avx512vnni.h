@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and GFNI: sums of products of bytes, and bits as bytes, for vector_dots.h.
+// AVX-512 with VNNI, GFNI and VPOPCNTDQ: sums of products of bytes, and bits as bytes, for vector_dots.h.
 #pragma once
 
 #include "../core/half.h"
@@ -29,20 +29,22 @@ struct Avx512Vnni : Avx512 {
     return static_cast<uint16_t>(reduce_max(max_unsigned(low, high)));
   }
 
-  FERRET_HD static I sub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
+  FERRET_HD static I count_bits(I x) { return _mm512_popcnt_epi32(x); }
   FERRET_HD static I add_products(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
   // sum + the four products of each lane's bytes.
   FERRET_HD static I dot(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
   }
-  // to[stride * i + lane] = the lanes of quarter i.
-  FERRET_HD static void store_quarters(I x, double* to, int stride) {
+  // sums[lane] += lane of quarter i * unit[i], quarter by quarter, for `count` lanes and no more than there are.
+  FERRET_HD static void add_quarters(I x, const double (&unit)[4], double* sums, int count) {
     const __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(x)),
                   high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1));
-    _mm256_storeu_pd(to, _mm512_castpd512_pd256(low));
-    _mm256_storeu_pd(to + stride, _mm512_extractf64x4_pd(low, 1));
-    _mm256_storeu_pd(to + 2 * stride, _mm512_castpd512_pd256(high));
-    _mm256_storeu_pd(to + 3 * stride, _mm512_extractf64x4_pd(high, 1));
+    const __m256d quarter[4] = {_mm512_castpd512_pd256(low), _mm512_extractf64x4_pd(low, 1),
+                                _mm512_castpd512_pd256(high), _mm512_extractf64x4_pd(high, 1)};
+    const auto lanes = static_cast<__mmask8>(count < 4 ? (1 << count) - 1 : 15);
+    __m256d sum = _mm256_maskz_loadu_pd(lanes, sums);
+    for (int i = 0; i < 4; ++i) sum = _mm256_add_pd(sum, _mm256_mul_pd(quarter[i], _mm256_set1_pd(unit[i])));
+    _mm256_mask_storeu_pd(sums, lanes, sum);
   }
 
   // A quarter of x holds eight pieces of 16 bits. Bit 7 - n of byte i of the result's quarter is bit i of piece n.
@@ -52,15 +54,16 @@ struct Avx512Vnni : Avx512 {
     const I byte_i_asks_for_bit_i = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
     return _mm512_gf2p8affine_epi64_epi8(byte_i_asks_for_bit_i, _mm512_shuffle_epi8(x, low_bytes_first), 0);
   }
-  // The bits of piece n as bytes 0 and 1.
+  // The bits of piece n as bytes 1 (not set) and -1: the lowest bit of a byte is the constant's, all others are the piece's.
   template <int n>
-  FERRET_HD static I bytes_of_piece(I transposed) {
-    return _mm512_gf2p8affine_epi64_epi8(transposed,
-                                         _mm512_set1_epi64(static_cast<int64_t>(uint64_t{0x80u >> n} << 56)), 0);
+  FERRET_HD static I signs_of_piece(I transposed) {
+    constexpr uint64_t bit = 0x80u >> n;
+    return _mm512_gf2p8affine_epi64_epi8(transposed, _mm512_set1_epi64(static_cast<int64_t>(bit * 0x0001010101010101u)),
+                                         1);
   }
 
   // Quarter i of digits[m] = byte m of the lanes of x[i].
-  FERRET_HD static void take_digits(const I (&x)[4], I* digits) {
+  FERRET_HD static void take_digits(const I (&x)[4], I (&digits)[3]) {
     // Every quarter is sorted by m, that of x[i] turned by i lanes, so that blends bring four x together without a shuffle.
     I a[4];
     for (int i = 0; i < 4; ++i) a[i] = _mm512_shuffle_epi8(x[i], _mm512_broadcast_i32x4(sorted_by_digit(i)));

@@ -15,7 +15,10 @@ std::vector<const Kernels*> available_kernels() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     kernels.push_back(&kAvx512Kernels);
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni")) kernels.push_back(&kAvx512VnniKernels);
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vpopcntdq") &&
+        __builtin_cpu_supports("gfni")) {
+      kernels.push_back(&kAvx512VnniKernels);
+    }
   }
 #elif defined(__aarch64__)
   kernels.push_back(&kNeonKernels);  // part of every such processor

@@ -151,13 +151,13 @@ FERRET_CALLED void subtract(const void* from, Dtype dtype, int64_t n, Real* inou
   });
 }
 
-// The tile in the working precision, in `buffer` unless it lies in memory so; null for zeros.
+// A tile of the run in the working precision, in `buffer` unless it lies in memory so.
 template <class Real>
-const Real* in_working_precision(const TileSource& x, Real* buffer) {
-  if (x.before == nullptr && x.dtype == dtype_of(Real())) return static_cast<const Real*>(x.now);
-  if (x.now == nullptr) return nullptr;
-  widen(x.now, x.dtype, kTile, buffer);
-  if (x.before != nullptr) subtract(x.before, x.dtype, kTile, buffer);
+const Real* in_working_precision(const RunProduct<Real>& p, int tile, Real* buffer) {
+  const auto at = [=](const void* run) { return static_cast<const char*>(run) + tile * kTile * size_of(p.dtype); };
+  if (p.before == nullptr && p.dtype == dtype_of(Real())) return reinterpret_cast<const Real*>(at(p.now));
+  widen(at(p.now), p.dtype, kTile, buffer);
+  if (p.before != nullptr) subtract(at(p.before), p.dtype, kTile, buffer);
   return buffer;
 }
 

@@ -7,14 +7,15 @@
 namespace ferret::cpu {
 
 inline constexpr int kRun = 4;            // tiles that are done together
+inline constexpr int kRunElements = kRun * kTile;
 inline constexpr int kColumnBatch = 512;  // columns that share one set of look-up tables of a tile
 inline constexpr int kSpan = 2048;        // elements that share one pass over the coordinates
 inline constexpr int kPad = 16;           // buffers over columns are readable and writable up to a multiple of it
 
 // Memory that is read soon. Arithmetic comes in long stretches without a load, in which memory would idle were it not asked for.
 struct Prefetch {
-  const char* from;
-  int lines;       // of 64 bytes
+  const char* from = nullptr;
+  int lines = 0;   // of 64 bytes
   int period = 0;  // bytes; what is read after that lies so far behind it
 
   FERRET_HD void operator()(int first, int last) const {
@@ -22,16 +23,15 @@ struct Prefetch {
   }
 };
 
-// The lines of several ranges, a few a call, so that memory works beside the arithmetic and not in turn with it.
+// The lines of two ranges, a few a call, so that memory works beside the arithmetic and not in turn with it.
 // A line is asked into the second-level cache two periods before it is asked into the first: of requests into the first only some
 // 16 can be under way, too few for memory's latency.
 class LinesAhead {
  public:
   // In `calls` calls all are asked for.
-  FERRET_HD LinesAhead(const Prefetch* ranges, int count, int calls) : range_(ranges), end_(ranges + count) {
-    int all = 0;
-    for (const Prefetch* range = range_; range != end_; ++range) all += range->lines;
-    at_once_ = (all + calls - 1) / calls;
+  FERRET_HD LinesAhead(const Prefetch (&ranges)[2], int calls)
+      : next_(ranges[1]), at_once_((ranges[0].lines + ranges[1].lines + calls - 1) / calls) {
+    take(ranges[0]);
   }
   FERRET_HD void operator()() {
     one();
@@ -41,44 +41,35 @@ class LinesAhead {
  private:
   FERRET_HD void one() {
     if (line_ == last_) {
-      if (!next_range()) return;
+      if (next_.lines == 0) return;
+      take(next_);
+      next_.lines = 0;
     }
     __builtin_prefetch(line_);
     __builtin_prefetch(line_ + 2 * period_, 0, 1);
     line_ += 64;
   }
-  bool next_range() {
-    for (; range_ != end_; ++range_) {
-      if (range_->lines == 0) continue;
-      line_ = range_->from, last_ = line_ + 64 * range_->lines, period_ = range_->period;
-      ++range_;
-      return true;
-    }
-    return false;
+  FERRET_HD void take(const Prefetch& range) {
+    line_ = range.from, last_ = line_ + 64 * range.lines, period_ = range.period;
   }
 
-  const Prefetch* range_;
-  const Prefetch* end_;
-  const char* line_ = nullptr;
-  const char* last_ = nullptr;
-  int64_t period_ = 0;
+  Prefetch next_;
+  const char* line_;
+  const char* last_;
+  int64_t period_;
   int at_once_;
 };
 
-// A tile as it lies in memory: the elements at `now`, or those at `before` less those; without `now` zeros.
-struct TileSource {
-  const void* now = nullptr;
-  const void* before = nullptr;
-  Dtype dtype = Dtype::float32;
-};
-
-// A run of tiles of the working precision against the columns [first, first + count).
+// A run of tiles of the working precision against the columns [first, first + count): the elements of `dtype` at `now`, or those at
+// `before` less those. Zero outside the block.
 template <class Real>
 struct RunProduct {
-  TileSource x[kRun];       // zero outside the block
-  Prefetch ahead[kRun][2];  // what the next run reads in the tile's place, of up to two tensors
-  uint64_t tile;            // stream index / kTile of the first, a multiple of kRun
-  int begin, end;           // the part of the run that may be nonzero
+  const void* now;     // [kRunElements]
+  const void* before;  // or null
+  Dtype dtype;
+  Prefetch ahead[2];  // what the next run reads in place of these
+  uint64_t tile;      // stream index / kTile of the first, a multiple of kRun
+  int begin, end;     // the part of the run that may be nonzero
   Stream stream;
   uint32_t first;
   int count;     // <= kColumnBatch

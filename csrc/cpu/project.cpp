@@ -9,12 +9,6 @@ namespace {
 
 constexpr int64_t kPartialLimit = int64_t{1} << 21;  // float64 node sums kept per block
 
-// What the next run reads where this one reads n elements.
-inline Prefetch a_run_behind(const char* from, Dtype dtype, int64_t n) {
-  const int period = kRun * kTile * size_of(dtype);
-  return {from + period, static_cast<int>(n * size_of(dtype) / 64), period};
-}
-
 template <class Real>
 struct BlockProduct {
   const ProjectJob& job;
@@ -22,46 +16,42 @@ struct BlockProduct {
   BlockPieces pieces;
   Range elements;
 
-  // The tile where it lies, if it lies there as a whole, else in `buffer`, in the working precision and with zeros outside the pieces.
-  // `covered` grows by the elements covered.
-  TileSource find(uint64_t tile, Real* buffer, Range& covered, Prefetch (&ahead)[2]) const {
-    const Range range = {tile * kTile, (tile + 1) * kTile};
-    TileSource result;
+  // The elements of the run that begins at `origin`, as far as they lie in `range`: where they lie, if one piece has them all, else in
+  // `buffer`, in the working precision.
+  void find(uint64_t origin, Range range, Real* buffer, RunProduct<Real>& run) const {
+    Range covered = {range.end, range.begin};
     for_each_overlap(pieces, range, [&](const Piece& piece, uint64_t first, uint64_t last) {
-      covered = {std::min(covered.begin, first), std::max(covered.end, last)};
+      const auto n = static_cast<int64_t>(last - first);
       const Dtype dtype = job.now[piece.tensor].dtype;
       const Dtype dtype_before = job.before == nullptr ? dtype : job.before[piece.tensor].dtype;
       const char* now = element_of(job.now, piece, first);
       const char* before = job.before == nullptr ? nullptr : element_of(job.before, piece, first);
-      const auto n = static_cast<int64_t>(last - first);
-      ahead[0] = a_run_behind(now, dtype, n);
-      if (before != nullptr) ahead[1] = a_run_behind(before, dtype_before, n);
-      if (n == kTile && dtype == dtype_before) {
-        result = {now, before, dtype};
-        return;
+      if (n == kRunElements && dtype == dtype_before) {
+        const auto bytes = static_cast<int>(kRunElements * size_of(dtype));
+        run.now = now, run.before = before, run.dtype = dtype;
+        run.ahead[0] = {now + bytes, bytes / 64, bytes};
+        if (before != nullptr) run.ahead[1] = {before + bytes, bytes / 64, bytes};
+      } else {
+        if (run.now == nullptr) std::fill(buffer, buffer + kRunElements, Real(0));
+        run.now = buffer, run.dtype = dtype_of(Real());
+        Real* to = buffer + (first - origin);
+        kernels.widen(now, dtype, n, to);
+        if (before != nullptr) kernels.subtract(before, dtype_before, n, to);
       }
-      if (result.now == nullptr && n < kTile) std::fill(buffer, buffer + kTile, Real(0));
-      Real* to = buffer + (first - range.begin);
-      kernels.widen(now, dtype, n, to);
-      if (before != nullptr) kernels.subtract(before, dtype_before, n, to);
-      result = {buffer, nullptr, dtype_of(Real())};
+      covered = {std::min(covered.begin, first), std::max(covered.end, last)};
     });
-    return result;
+    run.begin = static_cast<int>(covered.begin - origin);
+    run.end = static_cast<int>(covered.end - origin);
   }
 
   // The tiles of a run that lie in `tiles`.
   void add_run(uint64_t run, Range tiles, uint32_t first, int count, double* sums) const {
-    alignas(64) Real buffers[kRun][kTile];
-    RunProduct<Real> product = {{}, {}, run * kRun, 0, 0, job.stream, first, count, sums};
-    Range covered = {~uint64_t{0}, 0};
-    for (int i = 0; i < kRun; ++i) {
-      const uint64_t tile = run * kRun + i;
-      if (tiles.begin <= tile && tile < tiles.end) product.x[i] = find(tile, buffers[i], covered, product.ahead[i]);
-    }
-    if (covered.begin >= covered.end) return;
-    product.begin = static_cast<int>(covered.begin - run * kRun * kTile);
-    product.end = static_cast<int>(covered.end - run * kRun * kTile);
-    kernels.project_run(product);
+    alignas(64) Real buffer[kRunElements];
+    const uint64_t tile = run * kRun;
+    const Range range = {std::max(tile, tiles.begin) * kTile, std::min(tile + kRun, tiles.end) * kTile};
+    RunProduct<Real> product = {nullptr, nullptr, {}, {}, tile, 0, 0, job.stream, first, count, sums};
+    find(tile * kTile, range, buffer, product);
+    if (product.now != nullptr) kernels.project_run(product);
   }
 
   // sums[0, count) = the node's value for the columns first, first + 1, ..

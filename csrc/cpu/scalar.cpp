@@ -20,9 +20,8 @@ template <class Real>
 void project_run(const RunProduct<Real>& p) {
   for (int i = 0; i < kRun; ++i) {
     Real buffer[kTile];
-    const Real* x = in_working_precision(p.x[i], buffer);
     TileIntegers<Real> tile;
-    const TileState state = x == nullptr ? TileState::zero : to_integers(x, tile);
+    const TileState state = to_integers(in_working_precision(p, i, buffer), tile);
     if (state == TileState::not_finite) poison<Real>(p.count, p.sums);
     if (state != TileState::finite) continue;
     const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);

@@ -1,6 +1,6 @@
-// project with few columns on processors that add up products of bytes (V: avx512vnni.h): a run's integers as three digits of a byte,
-// q = a + 2^8 b + 2^16 c with a, b >= 0, and the random bits as bytes 0 and 1. The sums of the digits under the set bits are exact, and
-// with them S = sum q - 2 (sum of the q whose bit is set).
+// project with few columns on processors that add up products of bytes (V: avx512vnni.h): the signs are bytes 1 and -1, and a run's integers
+// three digits of a byte, q + 2^22 = a + 2^8 b + 2^16 c with a, b, c >= 0. Sums of products are exact, and what 2^22 adds to a tile's is
+// 2^22 (512 - 2 (number of set bits)).
 //
 // Quarter i of a vector belongs to tile i of the run throughout: Philox works on the run's 16 calls, four a tile.
 #pragma once
@@ -16,79 +16,46 @@ struct alignas(64) RunDigits {
   uint8_t digit[4][8][3][64];
 };
 
-// Sums over a run by tile (quarter) for up to 4 columns (lane), modulo 2^32; digits[column][m] are its sums by lane.
-template <class V, int columns>
-FERRET_HD typename V::I join_digits(const typename V::I (&digits)[columns][3]) {
-  typename V::I sums[4];
-  for (int c = 0; c < 4; ++c) {
-    const auto& d = digits[c < columns ? c : 0];
-    sums[c] = V::add(V::add(d[0], V::template shift_left<8>(d[1])), V::template shift_left<16>(d[2]));
-  }
-  return V::add_within_quarters(sums);
-}
+using RunBits = uint32_t[4][kRun * 4];  // [word][call of the run]
 
-template <class V>
-FERRET_HD void add_dots(typename V::I (&sum)[3], const typename V::I (&digit)[3], typename V::I bits) {
-  sum[0] = V::dot(sum[0], digit[0], bits);
-  sum[1] = V::dot(sum[1], digit[1], bits);
-  sum[2] = V::dot(sum[2], bits, digit[2]);
-}
-
-// The tiles of a run, all of T, as float32; `difference`: before - now.
+// A run of T in memory as float32; `difference`: before - now.
 template <class V, class T, bool difference>
 struct RunSource {
-  const T* now[kRun];
-  const T* before[kRun];
+  const T* now;
+  const T* before;
 
-  FERRET_HD explicit RunSource(const TileSource (&x)[kRun]) {
-    alignas(64) static constexpr uint32_t kZeros[kTile] = {};
-    for (int i = 0; i < kRun; ++i) {
-      now[i] = static_cast<const T*>(x[i].now == nullptr ? kZeros : x[i].now);
-      before[i] = static_cast<const T*>(x[i].now == nullptr ? kZeros : x[i].before);
-    }
-  }
-  FERRET_HD typename V::F load(int tile, int i) const {
-    const auto x = V::load_floats(now[tile] + i);
-    if constexpr (difference) return V::sub(V::load_floats(before[tile] + i), x);
+  FERRET_HD explicit RunSource(const RunProduct<float>& p)
+      : now(static_cast<const T*>(p.now)), before(static_cast<const T*>(p.before)) {}
+  FERRET_HD typename V::F load(int i) const {
+    const auto x = V::load_floats(now + i);
+    if constexpr (difference) return V::sub(V::load_floats(before + i), x);
     return x;
   }
   FERRET_HD float largest(int tile, LinesAhead& ahead) const {
-    if constexpr (!difference && sizeof(T) == 2) return to_float(T{V::largest_magnitude16(now[tile], kTile / 32)});
-    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(tile, i); }, [&]() FERRET_INLINE { ahead(); });
+    const int first = tile * kTile;
+    if constexpr (!difference && sizeof(T) == 2) return to_float(T{V::largest_magnitude16(now + first, kTile / 32)});
+    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); },
+                                [&]() FERRET_INLINE { ahead(); });
   }
 };
 
-// Rounds the run's tiles to integers under their scales; returns the totals, every lane of a quarter its tile's.
-template <class V, bool hurry, class Source>
-FERRET_HD typename V::I to_digits(const Source x, const float (&scales)[kRun], RunDigits& digits, LinesAhead& ahead) {
-  using I = typename V::I;
-  typename V::F scale[kRun];  // neither this nor x lies in memory that the compiler thinks the digits may overwrite
-  for (int i = 0; i < kRun; ++i) scale[i] = V::set1(scales[i]);
-  I totals[1][3] = {{V::set1(0u), V::set1(0u), V::set1(0u)}};
-  for (int word = 0; word < 4; ++word) {
-    auto& to = digits.digit[word];
-    unroll(Count<8>(), [&](auto n) FERRET_INLINE {
-      I q[kRun], digit[3];
-      for (int i = 0; i < kRun; ++i) {
-        // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves it in the low
-        // bits as q + 2^22: what is too much is taken from the third digit.
-        q[i] = V::as_int(V::fused(x.load(i, 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
-      }
-      V::take_digits(q, digit);
-      digit[2] = V::sub_bytes(digit[2], V::set1(0x40404040u));
-      for (int m = 0; m < 3; ++m) V::store(to[n][m], digit[m]);
-      add_dots<V>(totals[0], digit, V::set1(0x01010101u));
-      ahead();
-      if constexpr (hurry) ahead();
-    });
+// bits[i] = those of the column first + i; an even number of columns is made.
+template <class V>
+void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t first, int count,
+               LinesAhead& ahead, RunBits* bits) {
+  for (int i = 0; i < count; i += 2) {
+    const uint32_t k = first + static_cast<uint32_t>(i);
+    const Column<One> column0 = {keys, t, One{k}}, column1 = {keys, t, One{k + 1}};
+    typename V::I w[2][4];
+    philox_pair<V>(keys, calls, column0, calls, column1, w);
+    for (int n = 0; n < 4; ++n) ahead();
+    for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4], w[word / 4][word % 4]);
   }
-  return join_digits<V, 1>(totals);
 }
 
-using RunBits = uint32_t[4][kRun * 4];  // [word][call of the run]
-
-template <class V, int columns>
-FERRET_HD typename V::I dot_columns(const RunBits* bits, const RunDigits& digits, LinesAhead& ahead) {
+// The sums of q with the signs of up to 4 columns (lane) by tile (quarter), modulo 2^32; digits(word, n, to) are the next ones.
+template <class V, int columns, class Digits>
+FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits, LinesAhead& ahead) {
   using I = typename V::I;
   I sums[columns][3];
   for (auto& column : sums) {
@@ -98,98 +65,103 @@ FERRET_HD typename V::I dot_columns(const RunBits* bits, const RunDigits& digits
     I transposed[columns];
     for (int c = 0; c < columns; ++c) transposed[c] = V::transpose_pieces(V::load(bits[c][word]));
     unroll(Count<8>(), [&](auto n) FERRET_INLINE {
-      const auto& from = digits.digit[word][n];
-      const I digit[3] = {V::load(from[0]), V::load(from[1]), V::load(from[2])};
-      for (int c = 0; c < columns; ++c) add_dots<V>(sums[c], digit, V::template bytes_of_piece<n>(transposed[c]));
+      I digit[3];
+      digits(word, n, digit);
+      for (int c = 0; c < columns; ++c) {
+        const I signs = V::template signs_of_piece<n>(transposed[c]);
+        for (int m = 0; m < 3; ++m) sums[c][m] = V::dot(sums[c][m], digit[m], signs);
+      }
       ahead();
     });
   }
-  return join_digits<V, columns>(sums);
+  I joined[4];
+  for (int i = 0; i < 4; ++i) {
+    const int c = i < columns ? i : 0;
+    I set = V::set1(0u);
+    for (int word = 0; word < 4; ++word) set = V::add(set, V::count_bits(V::load(bits[c][word])));
+    joined[i] = V::add(V::add(sums[c][0], V::template shift_left<8>(sums[c][1])),
+                       V::add(V::template shift_left<16>(sums[c][2]), V::template shift_left<23>(set)));
+  }
+  return V::add(V::add_within_quarters(joined), V::set1(0x80000000u));  // less 2^22 * 512
+}
+
+// As above, of digits that are there.
+template <class V, int columns>
+typename V::I dot_columns(const RunBits* bits, const RunDigits& digits, LinesAhead& ahead) {
+  return dot_columns<V, columns>(
+      bits,
+      [&](int word, auto n, typename V::I (&digit)[3]) FERRET_INLINE {
+        for (int m = 0; m < 3; ++m) digit[m] = V::load(digits.digit[word][n][m]);
+      },
+      ahead);
+}
+
+// As above, of the digits of the run's tiles under their scales, which are left in `digits`.
+template <class V, int columns, class Source>
+FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, const float (&scales)[kRun],
+                                          RunDigits& digits, LinesAhead& ahead) {
+  typename V::F scale[kRun];  // neither this nor x lies in memory that the compiler thinks the digits may overwrite
+  for (int i = 0; i < kRun; ++i) scale[i] = V::set1(scales[i]);
+  return dot_columns<V, columns>(
+      bits,
+      [&](int word, auto n, typename V::I (&digit)[3]) FERRET_INLINE {
+        typename V::I q[kRun];
+        for (int i = 0; i < kRun; ++i) {
+          // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves q + 2^22 in the
+          // low 23 bits.
+          q[i] = V::as_int(V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
+        }
+        V::take_digits(q, digit);
+        for (int m = 0; m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);
+      },
+      ahead);
 }
 
 inline constexpr int kDotBatch = 16;  // columns whose bits are made together
 
-// Values of a tile by column. Four are stored at a time, also those of the last column alone.
-template <class V>
-using DotValues = double[V::dot_columns + 3];
-
-// values[tile][i] of the columns first + i.
-template <class V>
-void rademacher_run_dots(const RunDigits& digits, typename V::I totals, uint64_t first_tile, Stream stream,
-                         uint32_t first, int count, LinesAhead ahead, DotValues<V>* values) {
-  using I = typename V::I;
-  const uint64_t t = first_tile * 4;
-  const PhiloxKeys keys(stream.seed);
-  const auto calls = calls_of<V>(keys, stream.basis, t);
-  alignas(64) RunBits bits[kDotBatch];
-  for (int batch = 0; batch < count; batch += kDotBatch) {
-    const int end = batch + kDotBatch < count ? batch + kDotBatch : count;
-    for (int i = batch; i < end; i += 2) {
-      const uint32_t k = first + static_cast<uint32_t>(i);
-      const Column<One> column0 = {keys, t, One{k}}, column1 = {keys, t, One{k + 1}};
-      I w[2][4];
-      philox_pair<V>(keys, calls, column0, calls, column1, w);
-      for (int n = 0; n < 4; ++n) ahead();
-      for (int word = 0; word < 8; ++word) V::store(bits[i - batch + word / 4][word % 4], w[word / 4][word % 4]);
-    }
-    int i = batch;
-    const auto dot = [&](auto columns) FERRET_INLINE {
-      for (; i + columns <= end; i += columns) {
-        const I set = dot_columns<V, columns>(bits + (i - batch), digits, ahead);
-        V::store_quarters(V::sub(totals, V::add(set, set)), &values[0][i], std::extent_v<DotValues<V>>);
-      }
-    };
-    dot(std::integral_constant<int, 4>());
-    dot(std::integral_constant<int, 2>());
-    dot(std::integral_constant<int, 1>());
-  }
-}
-
 // False, and nothing done, where a tile needs the general way to integers.
 template <class V, class T, bool difference>
 bool project_run_by_dots(const RunProduct<float>& p) {
-  const RunSource<V, T, difference> x(p.x);
+  const RunSource<V, T, difference> x(p);
   float scale[kRun];
   double unit[kRun];
-  TileState states[kRun];
-  LinesAhead ahead(&p.ahead[0][0], 2 * kRun, 128);
+  LinesAhead ahead(p.ahead, p.count <= 8 ? 64 : 128);
   for (int i = 0; i < kRun; ++i) {
     const TileScale found = scale_of(x.largest(i, ahead));
     if (!found.simple) return false;
-    states[i] = found.state, scale[i] = found.scale, unit[i] = found.unit;
+    scale[i] = found.scale, unit[i] = found.unit;
   }
+  const uint64_t t = p.tile * 4;
+  const PhiloxKeys keys(p.stream.seed);
+  const auto calls = calls_of<V>(keys, p.stream.basis, t);
+  alignas(64) RunBits bits[kDotBatch];
   RunDigits digits;
-  const auto totals =
-      p.count <= 4 ? to_digits<V, true>(x, scale, digits, ahead) : to_digits<V, false>(x, scale, digits, ahead);
-  DotValues<V> values[kRun];
-  rademacher_run_dots<V>(digits, totals, p.tile, p.stream, p.first, p.count, ahead, values);
-  for (int i = 0; i < kRun; ++i) {
-    if (states[i] == TileState::not_finite) poison<float>(p.count, p.sums);
-    if (states[i] != TileState::finite) continue;
-    const double* of_tile[1] = {values[i]};
-    add_tile_values<float>(of_tile, p.count, unit[i], p.sums);
+  for (int batch = 0; batch < p.count; batch += kDotBatch) {
+    const int count = p.count - batch < kDotBatch ? p.count - batch : kDotBatch;
+    make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, ahead, bits);
+    for (int i = 0; i < count; i += 4) {
+      const int rest = count - i;
+      const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)
+                                                 : dot_columns<V, 2>(bits + i, digits, ahead)
+                        : rest > 2    ? dot_first_columns<V, 4>(bits, x, scale, digits, ahead)
+                                      : dot_first_columns<V, 2>(bits, x, scale, digits, ahead);
+      V::add_quarters(sums, unit, p.sums + batch + i, rest);
+    }
   }
   return true;
 }
 
 template <class V>
 bool project_run_by_dots(const RunProduct<float>& p) {
-  const TileSource* some = nullptr;
-  for (const TileSource& x : p.x) {
-    if (x.now == nullptr) continue;
-    if (some != nullptr && (x.dtype != some->dtype || (x.before == nullptr) != (some->before == nullptr))) return false;
-    some = &x;
-  }
-  if (some == nullptr) return true;
   const auto go = [&](auto difference) {
-    switch (some->dtype) {
+    switch (p.dtype) {
       case Dtype::float32: return project_run_by_dots<V, float, difference>(p);
       case Dtype::bfloat16: return project_run_by_dots<V, bfloat16_t, difference>(p);
       case Dtype::float16: return project_run_by_dots<V, float16_t, difference>(p);
       default: return false;
     }
   };
-  return some->before == nullptr ? go(std::false_type()) : go(std::true_type());
+  return p.before == nullptr ? go(std::false_type()) : go(std::true_type());
 }
 
 }  // namespace

@@ -272,8 +272,7 @@ void project_run(const RunProduct<Real>& p) {
   TileState states[kRun];
   for (int i = 0; i < kRun; ++i) {
     alignas(64) Real buffer[kTile];
-    const Real* x = in_working_precision(p.x[i], buffer);
-    states[i] = x == nullptr ? TileState::zero : to_integers_of<V>(x, tiles[i]);
+    states[i] = to_integers_of<V>(in_working_precision(p, i, buffer), tiles[i]);
   }
 
   const auto add = [&](int i, const auto& sums_of_limb) {
@@ -293,7 +292,7 @@ void project_run(const RunProduct<Real>& p) {
           if (states[i] == TileState::finite) q[i] = tiles[i].q[limb], total[i] = tiles[i].total[limb];
         }
         rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count,
-                               LinesAhead(&p.ahead[0][0], 2 * kRun, kRun * kWordsPerTile), values[limb]);
+                               LinesAhead(p.ahead, kRun * kWordsPerTile), values[limb]);
       }
       for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
       return;
@@ -305,7 +304,7 @@ void project_run(const RunProduct<Real>& p) {
   alignas(64) double values[limbs][kColumnBatch + kPad];
   for (int i = 0; i < kRun; ++i) {
     const int begin = clamp(p.begin - i * kTile, 0, kTile), end = clamp(p.end - i * kTile, 0, kTile);
-    for (const Prefetch& ahead : p.ahead[i]) ahead(0, ahead.lines);
+    for (const Prefetch& ahead : p.ahead) ahead(i * ahead.lines / kRun, (i + 1) * ahead.lines / kRun);
     add(i, [&](int limb) {
       tile_sums(tiles[i].q[limb], tiles[i].total[limb], p.tile + i, begin, end, p.stream, p.first, p.count,
                 values[limb]);

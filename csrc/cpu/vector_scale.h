@@ -13,9 +13,9 @@ template <class V, class Load, class F>
 FERRET_HD float largest_magnitude(Load load, F beside) {
   typename V::I largest = V::set1(0u);
   for (int i = 0; i < kTile; i += 4 * V::lanes) {
-    for (int j = i; j < i + 4 * V::lanes; j += V::lanes) {
-      largest = V::max_unsigned(largest, V::bit_and(V::as_int(load(j)), V::set1(0x7FFFFFFFu)));
-    }
+    typename V::I x[4];
+    for (int j = 0; j < 4; ++j) x[j] = V::bit_and(V::as_int(load(i + j * V::lanes)), V::set1(0x7FFFFFFFu));
+    largest = V::max_unsigned(largest, V::max_unsigned(V::max_unsigned(x[0], x[1]), V::max_unsigned(x[2], x[3])));
     beside();
   }
   return bits_to_float(V::reduce_max(largest));
@@ -25,12 +25,12 @@ struct TileScale {
   TileState state;
   bool simple;  // round(x * scale) are the integers: none rounds up to 2^22, and the scale is a float32
   float scale;  // 2^(22 - n), 0 unless the tile is finite and not zero
-  double unit;  // 1 / scale
+  double unit;  // 1 / scale; 0 where the tile is zero, NaN where it is not finite
 };
 
 FERRET_HD TileScale scale_of(float largest) {
   if (largest == 0) return {TileState::zero, true, 0, 0};
-  if (!(largest - largest == 0)) return {TileState::not_finite, true, 0, 0};
+  if (!(largest - largest == 0)) return {TileState::not_finite, true, 0, std::numeric_limits<double>::quiet_NaN()};
   const int n = exponent_of(largest);
   if (kDeltaBits - n > 127) return {TileState::finite, false, 0, 0};
   const float scale = power_of_two(kDeltaBits - n, float());

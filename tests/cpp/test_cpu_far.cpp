@@ -8,7 +8,6 @@ using namespace ferret;
 using testing::check;
 
 static constexpr int64_t kLength = 3000;
-static constexpr int kTileRun = cpu::kRun * kTile;
 
 // Against contract.h.
 template <class Real>
@@ -44,16 +43,14 @@ static void test_end_of_stream(Basis basis, int64_t columns, const std::string& 
 template <class Real>
 static void test_last_columns(Basis basis, const std::string& isa) {
   constexpr int count = 100;
-  cases::Case c = cases::single(dtype_of(Real()), 0, kTileRun, kTileRun, 1);
+  cases::Case c = cases::single(dtype_of(Real()), 0, cpu::kRunElements, cpu::kRunElements, 1);
   c.fill(3);
-  const char* x = static_cast<const char*>(c.refs()[0].data);
+  const void* x = c.refs()[0].data;
   double sums[2][count + cpu::kPad] = {};
   for (int i = 0; i < 2; ++i) {
     cpu::set_isa(i == 0 ? "scalar" : isa);
-    cpu::RunProduct<Real> run = {{}, {}, 0, 0, kTileRun, {7, basis}, UINT32_MAX - count, count, sums[i]};
-    for (int tile = 0; tile < cpu::kRun; ++tile) {
-      run.x[tile] = {x + tile * kTile * sizeof(Real), nullptr, dtype_of(Real())};
-    }
+    const cpu::RunProduct<Real> run = {
+        x, nullptr, dtype_of(Real()), {}, 0, 0, cpu::kRunElements, {7, basis}, UINT32_MAX - count, count, sums[i]};
     cpu::kernels_of<Real>(cpu::active_kernels()).project_run(run);
   }
   check(sums[0][0] != 0 && std::equal(sums[0], sums[0] + count, sums[1]),
