@@ -61,22 +61,21 @@ _FERRETS: dict[str, list[Setting]] = {
 }
 # The method as published, but for 16 bits.
 _FLOATS = {"coordinates": "float32", "allocation": "size", "granularity": "tensor", "server_warmup": 0}
-_ZEROTH_ORDER = {"perturbation": "in_place", "learning_rate": 1e-4}
+_ZEROTH_ORDER = {"perturbation": "in_place"}
 _SCALAR_ROUNDS = {"per_device_train_batch_size": 4}
-_SMALL: dict[str, Any] = {
-    "rounds": 10,
-    "num_threads": 1,  # the model is too small for more
-    "dataset": {"max_length": 512},
-    "training": {"max_steps": 10, "gradient_accumulation_steps": 4, "learning_rate": 0.1},
-    "evaluation": {"max_samples": 100},
-    "variants": {
+
+
+def _small_variants(zeroth_order_rate: float) -> dict[str, Any]:
+    """zeroth_order_rate: FedZO's and FedKSeed's learning rate."""
+    zeroth_order = {**_ZEROTH_ORDER, "learning_rate": zeroth_order_rate}
+    return {
         "fedptuning": {"training": {"learning_rate": 0.01}},
         "fedprompt": {"training": {"learning_rate": 0.3}},
         "fedit-sgd": {},
         "fedit": {"training": {"learning_rate": 0.01}},
-        "fedzo": {"zeroth_order": _ZEROTH_ORDER},
-        "fedkseed": {"zeroth_order": _ZEROTH_ORDER},
-        "fedkseed-pro": {"zeroth_order": _ZEROTH_ORDER},
+        "fedzo": {"zeroth_order": zeroth_order},
+        "fedkseed": {"zeroth_order": zeroth_order},
+        "fedkseed-pro": {"zeroth_order": zeroth_order},
         "decomfl": {
             "training": _SCALAR_ROUNDS,
             "zeroth_order": {**_ZEROTH_ORDER, "learning_rate": 1e-3, "perturbations": 10},
@@ -88,7 +87,16 @@ _SMALL: dict[str, Any] = {
         "fedavg": {},
         "ferret": {"server_learning_rate": 0.4, "ferret": {"K": 4096, **_FLOATS}},
         REFERENCE_CODE: {"server_learning_rate": 3.0, "ferret": {"K": 256}},
-    },
+    }
+
+
+_SMALL: dict[str, Any] = {
+    "rounds": 10,
+    "num_threads": 1,  # the model is too small for more
+    "dataset": {"max_length": 512},
+    "training": {"max_steps": 10, "gradient_accumulation_steps": 4, "learning_rate": 0.1},
+    "evaluation": {"max_samples": 100},
+    "variants": _small_variants(1e-4),
 }
 
 
@@ -201,20 +209,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "small/dolly": {
         **_SMALL,
+        "variants": _small_variants(3e-5),
         "num_clients": 40,
         "client_fraction": 0.1,
         "dataset": {"protocol": "dolly", "max_length": 512},
     },
     "small/ni": {
         **_SMALL,
-        "variants": {
-            **_SMALL["variants"],
-            # with 1e-4 the loss goes from 6.7 to 50 in the first round
-            **dict.fromkeys(
-                ("fedzo", "fedkseed", "fedkseed-pro"),
-                {"zeroth_order": {**_ZEROTH_ORDER, "learning_rate": 1e-5}},
-            ),
-        },
+        "variants": _small_variants(1e-5),  # with 1e-4 the loss goes from 6.7 to 50 in the first round
         "client_fraction": 0.2,
         "dataset": {"protocol": "natural-instructions", "max_length": 512},
         "evaluation": {"max_samples": 60},
