@@ -213,9 +213,15 @@ def values_known(value: Tensor) -> bool:
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def _all_finite(value: Tensor) -> bool:
+    value = value.detach()
+    # a finite sum has finite terms only; one that is not may have overflowed
+    return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())
+
+
 def finite(op: str, name: str, value: Tensor) -> None:
     """No NaN or infinity, where values are known."""
-    if not values_known(value) or torch.isfinite(value.detach()).all():
+    if not values_known(value) or _all_finite(value):
         return
     flat = value.detach().reshape(-1)
     bad = torch.isfinite(flat).logical_not_()
@@ -228,7 +234,7 @@ def finite(op: str, name: str, value: Tensor) -> None:
 
 def result(op: str, gamma: Tensor, inputs: Mapping[str, Tensor]) -> None:
     """Finite coordinates. A NaN among them means a non-finite input; only then are the inputs searched."""
-    if not values_known(gamma) or torch.isfinite(gamma.detach()).all():
+    if not values_known(gamma) or _all_finite(gamma):
         return
     for name, value in inputs.items():
         finite(op, name, value)
