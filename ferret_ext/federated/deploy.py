@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -262,17 +263,18 @@ def _keep_running(running: Processes, programs: Sequence[Program]) -> None:
                 continue
             if process.returncode == REFUSED and program.log is None:
                 raise ConfigError(f"join: {program.name} has refused its settings; see above")
-            said = f"; {last_line(program.log)}" if program.log else ""
+            said = f"; {last_error(program.log)}" if program.log else ""
             print(f"ferret join: {program.name} ended and is started again{said}", flush=True)
             time.sleep(RESTART)
             started[place] = running.start(program.command, program.log)
 
 
-def last_line(log: Path) -> str:
-    """The last thing in a log that looks like an error, else its last line."""
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "ERROR" in line]
-    return (errors or lines or ["it has said nothing"])[-1][:300]
+def last_error(log: Path) -> str:
+    """The last thing in a log that looks like an error, to the end of its paragraph, else its last line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text("utf-8", "replace"))
+    errors = re.findall(r"ERROR\s*:?\s*(.*(?:\n(?![A-Z]+\s*:).+)*)", text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " ".join((errors or lines or ["it has said nothing"])[-1].split())[:300]
 
 
 def _interrupt_when_told_to_end() -> None:

@@ -15,6 +15,7 @@ from parties import MODEL
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated import presets
 from ferret_ext.federated.cli import main
+from ferret_ext.federated.deploy import last_error
 from ferret_ext.federated.engines.flower import folder, processes
 from ferret_ext.federated.presets import PRESETS
 from ferret_ext.federated.settings import flatten
@@ -203,3 +204,21 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("", "it has said nothing"),
+        ("loads\nwaits\n\n", "waits"),
+        (
+            "ERROR: one\nINFO: more\n\x1b[91mERROR \x1b[0m:   two\nits reason\n[why]\n\nsee\nINFO:  ended\n",
+            "two its reason [why]",
+        ),
+        ("ERROR: broken\nWARNING : not of it\n", "broken"),
+    ],
+)
+def test_of_a_log_the_last_error_is_shown(tmp_path: Path, log: str, said: str) -> None:
+    path = tmp_path / "log"
+    path.write_text(log)
+    assert last_error(path) == said

@@ -143,6 +143,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{program} is not installed")
     shell(folder, *lines)
     shell(folder, "ssh-keygen -q -t ecdsa -b 384 -N '' -f wrong.key")
+    shell(folder, lines[0].replace("ca.", "wrong-ca."))
     return folder
 
 
@@ -170,6 +171,41 @@ def test_a_node_with_a_wrong_key_is_refused_and_the_others_finish(
     assert "loads" in (tmp_path / "join.log").read_text()
     assert "loads" not in (tmp_path / "wrong" / "join.log").read_text(), "a worker that is never asked"
     assert "SuperNode ended" not in (tmp_path / "join.log").read_text(), "the same connection with right keys"
+
+
+@pytest.mark.slow
+def test_a_node_does_not_speak_to_a_server_of_another_authority(tmp_path: Path, keys: Path) -> None:
+    port = free_port()
+    tls = [f"--ssl-certfile={keys}/server.pem", f"--ssl-keyfile={keys}/server.key"]
+    tls += [f"--ssl-ca-certfile={keys}/ca.pem", f"--supernode-key={keys}/a.key.pub"]
+    own = [f"--root-certificates={keys}/wrong-ca.pem", f"--auth-supernode-private-key={keys}/a.key"]
+    with (
+        ferret(tmp_path / "serve.log", *serve(tmp_path / "run", port, *tls)),
+        ferret(tmp_path / "join.log", *join(port, tmp_path, *own, "--clients=0")),
+    ):
+        wait_for_text(tmp_path / "join.log", "CERTIFICATE_VERIFY_FAILED", tmp_path)
+        assert "loads" not in (tmp_path / "join.log").read_text(), "a worker that is never asked"
+
+
+# ---- masks ----
+
+
+@pytest.mark.slow
+def test_a_masked_federation_has_the_weights_of_a_run_in_process(tmp_path: Path) -> None:
+    """Its updates are other bytes each time, and it asks for no share that it can do without. The weights are
+    those of its ledger."""
+    masked = [*FAST, "ferret.seeds=shared-round", "ferret.secure_aggregation=true", "num_clients=3"]
+    alone, port, out = tmp_path / "alone", free_port(), tmp_path / "run"
+    play(settings(alone, *masked), None, in_process)  # type: ignore[arg-type]
+    with (
+        ferret(tmp_path / "join.log", *join(port, tmp_path, "--clients=0,1,2")),
+        ferret(tmp_path / "serve.log", *serve(out, port, *masked)) as server,
+    ):
+        wait(server, tmp_path)
+    mine, others = ([record.weights for record in ledger.read(f / "ledger")] for f in (out, alone))
+    assert mine == others
+    assert len(mine) == 3
+    assert [row["clients"] for row in told(out)] == [[], [0, 1, 2], [0, 1, 2]]
 
 
 def wait_for_text(path: Path, text: str, folder: Path) -> None:
