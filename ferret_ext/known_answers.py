@@ -98,7 +98,7 @@ def _reconstruct(arguments: Sequence[str], device: torch.device | str) -> Tensor
     return ops.reconstruct(gamma, seed, (count,), basis=basis, dtype=dtype, offset=offset, numel=numel)
 
 
-def _apply(arguments: Sequence[str], device: torch.device | str) -> Tensor:
+def _apply(arguments: Sequence[str], device: torch.device | str, rounding_seed: int | None = None) -> Tensor:
     dtype, basis = arguments[0], _named(arguments[1])
     offset, count, K = map(int, arguments[2:5])
     start, gamma_dtype, alpha = int(arguments[5], 16), arguments[6], float(arguments[7])
@@ -109,8 +109,12 @@ def _apply(arguments: Sequence[str], device: torch.device | str) -> Tensor:
     param = inputs(start, count, dtype).to(device)
     plan = BlockPlan((("param", count),), (Block("param", offset, count, K),))
     with torch.no_grad():
-        ops.apply_(plan, [param], updates, alpha, basis=basis)
+        ops.apply_(plan, [param], updates, alpha, basis=basis, rounding_seed=rounding_seed)
     return param
+
+
+def _round(arguments: Sequence[str], device: torch.device | str) -> Tensor:
+    return _apply(arguments[1:], device, int(arguments[0], 16))
 
 
 _ANSWERS: dict[str, Callable[[Sequence[str], torch.device | str], Tensor]] = {
@@ -118,4 +122,5 @@ _ANSWERS: dict[str, Callable[[Sequence[str], torch.device | str], Tensor]] = {
     "project": _project,
     "reconstruct": _reconstruct,
     "apply": _apply,
+    "round": _round,
 }

@@ -119,10 +119,12 @@ def reconstruct_(
     basis: Basis = "rademacher",
     offset: int = 0,
     numel: int | None = None,
+    rounding_seed: int | None = None,
 ) -> Tensor:
     """param += alpha V gamma, in one read and one write of param, rounded once to its dtype.
 
-    param: any shape and strides, on gamma's device. Other arguments as for `reconstruct`.
+    param: any shape and strides, on gamma's device. rounding_seed: as for `apply_`. Other arguments as for
+        `reconstruct`.
 
     Returns param. Raises as `project` does, and leaves param untouched then. Differentiable: where param or
     gamma requires grad it adds a rebuilt tensor, whose bits differ by the rounding of that tensor.
@@ -133,15 +135,18 @@ def reconstruct_(
     alpha = checks.number("reconstruct_", "alpha", alpha)
     place = checks.place("reconstruct_", param.numel(), offset, numel)
     seed, kind = checks.seed("reconstruct_", seed), checks.kind("reconstruct_", basis)
+    rounding = None if rounding_seed is None else checks.seed("reconstruct_", rounding_seed, "rounding_seed")
     checks.finite("reconstruct_", "gamma", gamma)
     if torch.is_grad_enabled() and (param.requires_grad or gamma.requires_grad):
+        if rounding is not None:
+            raise ValueError("reconstruct_: expected no rounding_seed where param or gamma requires grad")
         rebuilt = _ops.reconstruct(gamma, seed, param.numel(), kind, *place, param.dtype)
         return param.add_(rebuilt.view(param.shape), alpha=alpha)
     checks.may_change("reconstruct_", param)
     checks.separate("reconstruct_", {"param": param})
     blocks = torch.tensor([[*place, gamma.numel(), 0]])
     pieces = torch.tensor([[0, 0, param.numel(), place[0], 0]])[: min(param.numel(), 1)]
-    _apply_in_place([param], blocks, pieces, gamma[None], [seed], [1.0], alpha, kind)
+    _apply_in_place([param], blocks, pieces, gamma[None], [seed], [1.0], alpha, kind, rounding)
     return param
 
 
@@ -241,6 +246,7 @@ def apply_(
     alpha: float,
     *,
     basis: Basis = "rademacher",
+    rounding_seed: int | None = None,
 ) -> None:
     """params += alpha sum_i weight_i V_i gamma_i, each parameter read and written once for all updates.
 
@@ -248,6 +254,10 @@ def apply_(
     params: the plan's tensors in its order, on one device with the gammas.
     updates: (seed, gammas [plan.K], weight) of each client, the gammas as tensors, or all of them packed
         alike, which without a choice gives the same bits as the floats they stand for.
+    rounding_seed: bfloat16 and float16 parameters are rounded up or down by chance, so that the mean over
+        seeds is the unrounded result and small steps are not lost; another for each call, in [-2^63, 2^64).
+        The seed and an element's place in the stream decide, so the bits are the same everywhere. None
+        rounds to nearest, as float32 and float64 always are.
 
     Raises as `project` does, and ValueError for gammas of another length than plan.K, and leaves every
     parameter untouched then; torch's own error for a leaf that requires grad outside torch.no_grad().
@@ -255,6 +265,7 @@ def apply_(
     params = list(params)
     targets = checks.plan_tensors("apply_", plan, "params", params)
     alpha, kind = checks.number("apply_", "alpha", alpha), checks.kind("apply_", basis)
+    rounding = None if rounding_seed is None else checks.seed("apply_", rounding_seed, "rounding_seed")
     seeds, weights, rows = [], [], []
     for i, update in enumerate(updates):
         seed, gammas, weight = checks.update("apply_", i, update, plan)
@@ -277,11 +288,11 @@ def apply_(
     tables = (plan.blocks_table, plan.pieces_table)
     if floats := [row for row in rows if isinstance(row, Tensor)]:
         stacked = torch.stack([row.to(working) for row in floats])
-        _apply_in_place(params, *tables, stacked, seeds, weights, alpha, kind)
+        _apply_in_place(params, *tables, stacked, seeds, weights, alpha, kind, rounding)
     elif packed := [row for row in rows if isinstance(row, Packed)]:
         codes, scales = (torch.stack([getattr(row, part) for row in packed]) for part in ("codes", "scales"))
         bits, choice = packed[0].packing.bits, packed[0].packing.choice
-        more = (codes, scales, bits, choice, seeds, weights, alpha, kind)
+        more = (codes, scales, bits, choice, seeds, weights, alpha, kind, rounding)
         _change_in_place(params, lambda dense: _ops.apply_packed_(dense, *tables, plan.K, *more))
 
 
@@ -322,12 +333,12 @@ def _apply_in_place(
     weights: list[float],
     alpha: float,
     kind: int,
+    rounding: int | None,
 ) -> None:
     """gammas [N, K]."""
     gammas = gammas.detach().to(_working_dtype(gammas, *params)).contiguous()
-    _change_in_place(
-        params, lambda dense: _ops.apply_blocks_(dense, blocks, pieces, gammas, seeds, weights, alpha, kind)
-    )
+    more = (gammas, seeds, weights, alpha, kind, rounding)
+    _change_in_place(params, lambda dense: _ops.apply_blocks_(dense, blocks, pieces, *more))
 
 
 def _change_in_place(params: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:

@@ -137,14 +137,14 @@ def reconstruct_(
     basis: str = "rademacher",
     offset: int = 0,
     numel: int | None = None,
+    rounding_seed: int | None = None,
 ) -> Tensor:
     """param += alpha V gamma."""
     wide = _is_wide(param, gamma)
     d = param.numel() if numel is None else numel
     update = _Update(seed, _flat_float64(gamma), 1.0)
-    return param.copy_(
-        _added(_flat_float64(param), [update], alpha, basis, offset, d, wide).view(param.shape)
-    )
+    result = _added(_flat_float64(param), [update], alpha, basis, offset, d, wide)
+    return param.copy_(_rounded(result, param.dtype, offset, rounding_seed).view(param.shape))
 
 
 def _added(
@@ -249,6 +249,7 @@ def apply_(
     alpha: float,
     *,
     basis: str = "rademacher",
+    rounding_seed: int | None = None,
 ) -> None:
     """params += alpha sum_i weight_i V_i gamma_i for updates (seed_i, gammas_i, weight_i)."""
     updates = list(updates)
@@ -260,9 +261,41 @@ def apply_(
     results = [_flat_float64(param).clone() for param in params]
     for tensor, start, length, offset, index in plan.pieces_table.tolist():
         run = results[tensor][start : start + length]
-        run.copy_(_added(run, of_blocks[index], alpha, basis, offset, plan.blocks[index].numel, wide))
+        added = _added(run, of_blocks[index], alpha, basis, offset, plan.blocks[index].numel, wide)
+        run.copy_(_rounded(added, params[tensor].dtype, offset, rounding_seed))
     for param, result in zip(params, results, strict=True):
         param.copy_(_to_working(result, wide).view(param.shape))
+
+
+# ---- stochastic rounding
+
+_FRACTIONS = {
+    torch.bfloat16: (7, -126),
+    torch.float16: (10, -14),
+}  # its bits, and where 2^n is the least normal
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, offset: int, seed: int | None) -> Tensor:
+    """x with the fraction of a 16-bit dtype, one more if 16 random bits and the first 16 lost ones carry."""
+    if seed is None or dtype not in _FRACTIONS:
+        return x
+    bits, least = _FRACTIONS[dtype]
+    values = float32(x)
+    step = two_to((exponent(values) - 1).clamp(min=least) - bits)
+    steps = values.abs() / step
+    lost = ((steps - steps.floor()) * 2**16).floor()
+    up = lost + _rounding_bits(seed, offset, len(x)) >= 2**16
+    return torch.where(values.isfinite(), torch.copysign((steps.floor() + up) * step, values), values).to(
+        x.dtype
+    )
+
+
+def _rounding_bits(seed: int, offset: int, count: int) -> Tensor:
+    """16 bits for each of `count` > 0 elements from j = `offset` on."""
+    t = torch.arange(offset // 8, (offset + count - 1) // 8 + 1)
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    calls = torch.stack(philox([t & 0xFFFFFFFF, t >> 32, 0, 0x00010080], (low, high)), dim=-1)
+    return (calls[..., None] >> torch.tensor([0, 16]) & 0xFFFF).flatten()[offset % 8 :][:count]
 
 
 # ---- the working precision

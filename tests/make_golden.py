@@ -30,6 +30,7 @@ basis dtype basis seed k offset numel count : result
 project dtype basis seed offset numel count K input : result
 reconstruct dtype basis seed offset numel count K input gamma-dtype : result
 apply dtype basis offset count K input gamma-dtype alpha N, N times `seed weight gamma-input` : result
+round rounding-seed, and as apply : result
 
 `offset` and `numel` are a shard's place in its block and the block's length; `count` is the shard's own
 length. `dtype` is that of the column, of delta, of the reconstruction, of the parameter.
@@ -118,20 +119,37 @@ def reconstruct_records() -> Iterator[str]:
         yield f"reconstruct {arguments} : {result(rebuilt)}"
 
 
+def apply_record(
+    dtype: str,
+    basis: str,
+    place: tuple[int, int, int],
+    gamma_dtype: str,
+    index: int,
+    rounding_seed: int | None,
+) -> str:
+    offset, length, K = place
+    start, alpha = 3000 + index, (-0.3, 1.0)[index % 2]
+    updates = [(SEEDS[2], 0.5, 4000 + index), (SEEDS[3], -0.1, 5000 + index)]
+    plan = BlockPlan((("param", length),), (Block("param", offset, length, K),))
+    param = inputs(start, length, dtype)
+    received = [(seed, inputs(gamma_start, K, gamma_dtype), weight) for seed, weight, gamma_start in updates]
+    reference.apply_(plan, [param], received, alpha, basis=basis, rounding_seed=rounding_seed)
+    arguments = f"{dtype} {basis} {offset} {length} {K} {start:x} {gamma_dtype} {alpha} {len(updates)}"
+    listed = " ".join(f"{seed:x} {weight} {gamma_start:x}" for seed, weight, gamma_start in updates)
+    return f"{arguments} {listed} : {result(param)}"
+
+
 def apply_records() -> Iterator[str]:
     cases = product(DTYPES, BASES, ((3 * 512, 2000, 100), (2**40 + 1024, 511, 1)), ["f32", "f64"])
-    for index, (dtype, basis, (offset, count, K), gamma_dtype) in enumerate(cases):
-        start, alpha = 3000 + index, (-0.3, 1.0)[index % 2]
-        updates = [(SEEDS[2], 0.5, 4000 + index), (SEEDS[3], -0.1, 5000 + index)]
-        plan = BlockPlan((("param", count),), (Block("param", offset, count, K),))
-        param = inputs(start, count, dtype)
-        received = [
-            (seed, inputs(gamma_start, K, gamma_dtype), weight) for seed, weight, gamma_start in updates
-        ]
-        reference.apply_(plan, [param], received, alpha, basis=basis)
-        arguments = f"{dtype} {basis} {offset} {count} {K} {start:x} {gamma_dtype} {alpha} {len(updates)}"
-        listed = " ".join(f"{seed:x} {weight} {gamma_start:x}" for seed, weight, gamma_start in updates)
-        yield f"apply {arguments} {listed} : {result(param)}"
+    for index, case in enumerate(cases):
+        yield f"apply {apply_record(*case, index, None)}"
+
+
+def round_records() -> Iterator[str]:
+    places = ((3 * 512, 2000, 100), (2**40 + 1024, 511, 1), (512, 1100, 12))
+    for index, case in enumerate(product(["bf16", "f16"], BASES, places, ["f32", "f64"])):
+        seed = SEEDS[index % 4]
+        yield f"round {seed:x} {apply_record(*case, 100 + index, seed)}"
 
 
 def main() -> None:
@@ -145,6 +163,7 @@ def main() -> None:
         project_records,
         reconstruct_records,
         apply_records,
+        round_records,
     ):
         print("\n".join(records()))
 

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <exception>
+#include <optional>
 #include <vector>
 
 #include "../core/job.h"
@@ -132,6 +133,10 @@ class TablePlan {
   Plan plan_;
 };
 
+inline Rounding rounding_of(std::optional<int64_t> seed) {
+  return {seed.has_value(), static_cast<uint64_t>(seed.value_or(0))};
+}
+
 inline Packing packing_of(const char* op, int64_t bits, int64_t choice) {
   STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4 || bits == 8, op, ": bits must be 1, 2, 4 or 8, got ", bits);
   STD_TORCH_CHECK(choice >= 0 && choice <= (bits == 1 ? kMaxChoice : 0), op, ": choice must be in [0, ", kMaxChoice,
@@ -215,7 +220,8 @@ struct Operators {
   }
 
   static void apply_job(const char* op, const Plan& plan, const std::vector<Tensor>& params, const Tensor& gammas,
-                        const std::vector<Update>& updates, double alpha, int64_t kind, bool overwrite) {
+                        const std::vector<Update>& updates, double alpha, int64_t kind, bool overwrite,
+                        Rounding rounding = {}) {
     const auto refs = references(op, params, gammas.get_device_index());
     const bool wide = any_float64(params) || gammas.scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(gammas.scalar_type() == working_type(wide), op, ": gammas must be ", wide ? "float64" : "float32");
@@ -228,7 +234,8 @@ struct Operators {
                     basis_of(op, kind),
                     alpha,
                     wide,
-                    overwrite},
+                    overwrite,
+                    rounding},
                    gammas);
   }
 
@@ -245,15 +252,18 @@ struct Operators {
   }
 
   static void apply_blocks_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, Tensor gammas,
-                            std::vector<int64_t> seeds, std::vector<double> weights, double alpha, int64_t kind) {
+                            std::vector<int64_t> seeds, std::vector<double> weights, double alpha, int64_t kind,
+                            std::optional<int64_t> rounding_seed) {
     const TablePlan plan("apply_blocks_", blocks, pieces, params, gammas.size(-1));
     const auto updates = updates_of("apply_blocks_", seeds, weights, gammas);
-    apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false);
+    apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false,
+              rounding_of(rounding_seed));
   }
 
   static void apply_packed_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, int64_t total, Tensor codes,
                             Tensor scales, int64_t bits, int64_t choice, std::vector<int64_t> seeds,
-                            std::vector<double> weights, double alpha, int64_t kind) {
+                            std::vector<double> weights, double alpha, int64_t kind,
+                            std::optional<int64_t> rounding_seed) {
     const char* op = "apply_packed_";
     const Packing packing = packing_of(op, bits, choice);
     const TablePlan table(op, blocks, pieces, params, total, packing.choice);
@@ -263,7 +273,7 @@ struct Operators {
     const AllGammas gammas = packed_gammas(op, codes, scales, count, total, plan.num_blocks, packing);
     const auto refs = references(op, params, codes.get_device_index());
     Backend::apply({plan, refs.data(), updates.data(), count, gammas, total, basis_of(op, kind), alpha,
-                    any_float64(params), false},
+                    any_float64(params), false, rounding_of(rounding_seed)},
                    codes);
   }
 

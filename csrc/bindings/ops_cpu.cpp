@@ -106,10 +106,10 @@ STABLE_TORCH_LIBRARY(ferret, library) {
       "reconstruct(Tensor gamma, int seed, int count, int kind, int offset, int numel, ScalarType dtype) -> Tensor");
   library.def(
       "apply_blocks_(Tensor(a!)[] params, Tensor blocks, Tensor pieces, Tensor gammas, int[] seeds, float[] weights, "
-      "float alpha, int kind) -> ()");
+      "float alpha, int kind, int? rounding_seed=None) -> ()");
   library.def(
       "apply_packed_(Tensor(a!)[] params, Tensor blocks, Tensor pieces, int total, Tensor codes, Tensor scales, "
-      "int bits, int choice, int[] seeds, float[] weights, float alpha, int kind) -> ()");
+      "int bits, int choice, int[] seeds, float[] weights, float alpha, int kind, int? rounding_seed=None) -> ()");
   library.def("pack(Tensor gammas, Tensor blocks, int total, int bits, int choice) -> (Tensor, Tensor)");
   library.def(
       "unpack(Tensor codes, Tensor scales, Tensor blocks, int total, int bits, int choice) -> (Tensor, Tensor)");

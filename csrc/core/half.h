@@ -89,4 +89,22 @@ FERRET_HD void store_rounded(Real x, float16_t* out) {
   *out = to_float16(static_cast<float>(x));
 }
 
+// Stochastic rounding: down or up with the probabilities that make x the mean, by 16 random bits. What comes out is a float32
+// that T holds exactly, or infinity, so that storing it rounds no more.
+FERRET_HD float round_stochastically(float x, uint32_t random, bfloat16_t) {
+  const uint32_t bits = float_to_bits(x);
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? x : bits_to_float((bits + random) & 0xFFFF0000u);
+}
+
+FERRET_HD float round_stochastically(float x, uint32_t random, float16_t) {
+  const uint32_t bits = float_to_bits(x), sign = bits & 0x80000000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude >= 0x47800000u) return x;  // 2^16, which rounds to infinity, and more
+  if (magnitude < 0x38800000u) {           // below 2^-14: to multiples of 2^-24
+    const auto fixed = static_cast<uint32_t>(bits_to_float(magnitude) * 0x1p40f);
+    return bits_to_float(sign | float_to_bits(static_cast<float>((fixed + random) >> 16) * 0x1p-24f));
+  }
+  const uint32_t lost = (magnitude & 0x1FFFu) << 3;
+  return bits_to_float((bits & ~0x1FFFu) + (lost + random > 0xFFFFu ? 0x2000u : 0u));
+}
+
 }  // namespace ferret

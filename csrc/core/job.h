@@ -40,6 +40,12 @@ struct Update {
   double weight;
 };
 
+// How results are rounded to 16 bits.
+struct Rounding {
+  bool stochastic = false;  // else to nearest
+  uint64_t seed = 0;
+};
+
 // param += alpha * sum_i weight_i V_i gamma_i, or, with `overwrite`, param = that. Blocks count their coordinates; where these
 // are packed with a choice, a basis has 2^choice times as many columns.
 struct ApplyJob {
@@ -53,6 +59,7 @@ struct ApplyJob {
   double alpha;
   bool wide;
   bool overwrite;
+  Rounding rounding = {};  // not with `overwrite`
 };
 
 // Coordinates as codes: of every 2^choice candidates the one of the largest magnitude. Only the CPU does this and its inverse.

@@ -39,6 +39,16 @@ FERRET_HD Words stream_words(const RoundKeys& keys, Basis basis, uint64_t t, uin
   return philox4x32_10(stream_counter(basis, t, k), keys);
 }
 
+// The bits of stochastic rounding: element j has half-word j mod 8 of call j / 8.
+inline constexpr Basis kRounding = static_cast<Basis>(0x80);  // no basis, but a stream of its own
+inline constexpr int kRoundingElements = 8;
+
+FERRET_HD Words rounding_words(uint64_t seed, uint64_t call) { return stream_words(seed, kRounding, call, 0); }
+FERRET_HD uint32_t rounding_bits(const Words& words, int i) {  // by choice, since a GPU has no index into registers
+  const uint32_t even = i & 4 ? words.w[2] : words.w[0], odd = i & 4 ? words.w[3] : words.w[1];
+  return ((i & 2 ? odd : even) >> (16 * (i & 1))) & 0xFFFFu;
+}
+
 FERRET_HD float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

@@ -110,9 +110,15 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
   }
   Real* const elements = alone ? total : sums;
   kernels.to_element_order(job.basis, alone ? sums : total, elements);
+  alignas(64) uint16_t random[kSpan];
+  bool drawn = false;
   for_each_overlap(updates.pieces, {start, start + kSpan}, [&](const Piece& piece, uint64_t first, uint64_t last) {
+    const Dtype dtype = job.params[piece.tensor].dtype;
+    const bool by_chance = job.rounding.stochastic && size_of(dtype) == 2;
+    if (by_chance && !drawn) active_kernels().rounding_of_span(job.rounding.seed, span, random);
+    drawn |= by_chance;
     kernels.scale_add(elements + (first - start), static_cast<int64_t>(last - first), updates.factor, job.overwrite,
-                      job.params[piece.tensor].dtype, element_of(job.params, piece, first));
+                      dtype, element_of(job.params, piece, first), by_chance ? random + (first - start) : nullptr);
   });
 }
 
@@ -137,7 +143,7 @@ void fill_nan(const ApplyJob& job, const RealKernels<Real>& kernels) {
     for (int64_t done = 0; done < p->length; done += kSpan) {
       const uint64_t first = static_cast<uint64_t>(p->offset + done);
       kernels.scale_add(zeros, std::min<int64_t>(kSpan, p->length - done), nan, true, dtype,
-                        element_of(job.params, *p, first));
+                        element_of(job.params, *p, first), nullptr);
     }
   }
 }
@@ -193,8 +199,8 @@ void basis(const BasisJob& job, const Threads& threads) {
       const double value = basis_integer(job.stream.basis, words, static_cast<int>(j % e)) * unit / root;
       const float rounded = static_cast<float>(value);
       void* to = static_cast<char*>(job.out.data) + i * size_of(job.out.dtype);
-      job.out.dtype == Dtype::float64 ? wide.scale_add(&value, 1, 1.0, true, job.out.dtype, to)
-                                      : narrow.scale_add(&rounded, 1, 1.0f, true, job.out.dtype, to);
+      job.out.dtype == Dtype::float64 ? wide.scale_add(&value, 1, 1.0, true, job.out.dtype, to, nullptr)
+                                      : narrow.scale_add(&rounded, 1, 1.0f, true, job.out.dtype, to, nullptr);
     }
   });
 }

@@ -171,12 +171,19 @@ void accumulate(const Real* sums, int64_t n, Real weight, bool first, Real* tota
 }
 
 template <class Real>
-void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param) {
+void scale_add(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param,
+               const uint16_t* random) {
   with_element_type(dtype, [=](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Wide = Loop<Real, T>;
     T* p = static_cast<T*>(param);
     int64_t i = 0;
+    if constexpr (sizeof(T) == 2) {
+      for (; random != nullptr && i < n; ++i) {
+        const Real x = fused_multiply_add(sums[i], factor, overwrite ? Real(0) : static_cast<Real>(to_float(p[i])));
+        store_rounded(round_stochastically(static_cast<float>(x), random[i], T()), &p[i]);
+      }
+    }
     if constexpr (Wide::width > 1) {
       const auto result = [=](int64_t at) {
         return Wide::fused(Wide::load(sums + at), factor, overwrite ? Wide::zero() : Wide::load(p + at));

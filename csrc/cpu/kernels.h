@@ -105,12 +105,15 @@ struct RealKernels {
   void (*accumulate)(const Real* sums, int64_t n, Real weight, bool first,
                      Real* total);                                          // total = fma(sums, weight, total or 0)
   void (*to_element_order)(Basis basis, const Real* sums, Real* elements);  // [kSpan] both
-  void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param);
+  // random: of stochastic rounding to 16 bits; null rounds to nearest
+  void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param,
+                    const uint16_t* random);
 };
 
 struct Kernels {
   const char* name;
   uint32_t (*philox_checksum)(uint64_t seed, uint32_t columns, uint64_t calls);  // see cpu.h
+  void (*rounding_of_span)(uint64_t seed, uint64_t span, uint16_t* random);      // [kSpan], of stochastic rounding
   RealKernels<float> narrow;
   RealKernels<double> wide;
 };

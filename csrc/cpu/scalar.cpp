@@ -102,6 +102,13 @@ uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
   return result;
 }
 
+void rounding_of_span(uint64_t seed, uint64_t span, uint16_t* random) {
+  for (int i = 0; i < kSpan; ++i) {
+    const Words words = rounding_words(seed, (span * kSpan + i) / kRoundingElements);
+    random[i] = static_cast<uint16_t>(rounding_bits(words, i % kRoundingElements));
+  }
+}
+
 template <class Real>
 constexpr RealKernels<Real> kernels() {
   return {widen<Real>,      subtract<Real>,         project_run<Real>, sum_columns<Real>,
@@ -110,6 +117,6 @@ constexpr RealKernels<Real> kernels() {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", philox_checksum, kernels<float>(), kernels<double>()};
+const Kernels kScalarKernels = {"scalar", philox_checksum, rounding_of_span, kernels<float>(), kernels<double>()};
 
 }  // namespace ferret::cpu

@@ -37,6 +37,28 @@ uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
   return result;
 }
 
+template <class V>
+void rounding_of_span(uint64_t seed, uint64_t span, uint16_t* random) {
+  using I = typename V::I;
+  constexpr int calls = kSpan / kRoundingElements;
+  const PhiloxKeys keys(seed);
+  const uint64_t t = span * calls;
+  const Column<One> column = {keys, t, One{0}};
+  alignas(64) uint32_t words[4][calls];
+  for (int i = 0; i < calls; i += 2 * V::lanes) {
+    const auto first = calls_of<V>(keys, kRounding, t + static_cast<uint64_t>(i));
+    const auto second = calls_of<V>(keys, kRounding, t + static_cast<uint64_t>(i + V::lanes));
+    I w[2][4];
+    philox_pair<V>(keys, first, column, second, column, w);
+    for (int n = 0; n < 8; ++n) V::store(words[n % 4] + i + n / 4 * V::lanes, w[n / 4][n % 4]);
+  }
+  for (int i = 0; i < calls; ++i) {
+    for (int n = 0; n < kRoundingElements; ++n) {
+      random[kRoundingElements * i + n] = static_cast<uint16_t>(words[n / 2][i] >> (16 * (n % 2)));
+    }
+  }
+}
+
 template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
   return {widen<Real>,          subtract<Real>,   project_run<V, Real>,

@@ -160,8 +160,10 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
     add_update(p, block, i, sum, total);
   }
   add_total(p, block, total, x);
-  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
-               [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
+  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) {
+    round_by_chance(p, span * kSpan, run, places, x);
+    store(p.params[run.tensor], run, places, x);
+  });
 }
 
 // At least 4 CTAs a multiprocessor: registers for that suffice without spills.
@@ -261,7 +263,7 @@ ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) 
   const TensorRef* params = workspace.table(job.params, tensors);
 
   const ApplyParams all = {nullptr,         0,         plan.num_blocks, pieces, params,        updates,
-                           job.num_updates, job.total, groups,          0,      job.overwrite, {}};
+                           job.num_updates, job.total, groups,          0,      job.overwrite, job.rounding, {}};
   const auto list = [&](const Takes& takes) {
     ApplyParams part = all;
     const auto listed = block_table(plan, takes, &part.items);

@@ -27,6 +27,7 @@ struct ApplyParams {
   int64_t num_groups;
   int64_t items;
   bool overwrite;
+  Rounding rounding;
   Coordinates coordinates;
 
   __device__ __forceinline__ const ApplyBlock& block_of(int64_t item) const {
@@ -65,6 +66,26 @@ __device__ __forceinline__ void add_total(const ApplyParams& p, const ApplyBlock
   const Real factor = poisoned ? Limits<Real>::nan : static_cast<const Real*>(p.coordinates.factors)[block.index];
 #pragma unroll
   for (int j = 0; j < n; ++j) x[j] = fused_multiply_add(total[j], factor, x[j]);
+}
+
+// Stochastic rounding of x, the elements of the span that starts at `start`, where the run has them.
+template <int n, class Places, class Real>
+__device__ __forceinline__ void round_by_chance(const ApplyParams& p, uint64_t start, const Run& run, Places places,
+                                                Real (&x)[n]) {
+  const Dtype dtype = p.params[run.tensor].dtype;
+  if (!p.rounding.stochastic || size_of(dtype) != 2) return;
+  const bool one_call = are_consecutive<n>(places);  // since then they start at a multiple of n, which divides 8
+  Words words = {};
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const uint64_t j = start + places[i];
+    if (i == 0 || !one_call) words = rounding_words(p.rounding.seed, j / kRoundingElements);
+    if (!run.has(places[i])) continue;
+    const uint32_t random = rounding_bits(words, static_cast<int>(j % kRoundingElements));
+    const float narrow = static_cast<float>(x[i]);
+    x[i] = dtype == Dtype::bfloat16 ? round_stochastically(narrow, random, bfloat16_t())
+                                    : round_stochastically(narrow, random, float16_t());
+  }
 }
 
 // H of up to `n` elements: groups are folded into it in ascending order.

@@ -217,13 +217,18 @@ struct MatrixSpans {
     const auto visit = [&](auto use) {
       for_each_run(p.pieces, block.pieces, first_span << kSpanBits, spans << kSpanBits, [&](const Run& run) {
 #pragma unroll
-        for (int pair = 0; pair < pairs; ++pair) use(p.params[run.tensor], run, places(pair, lane), x[pair]);
+        for (int pair = 0; pair < pairs; ++pair) use(run, places(pair, lane), x[pair]);
       });
     };
-    if (!p.overwrite) visit([](auto& tensor, auto& run, LanePlaces at, auto& row) { load(tensor, run, at, row); });
+    if (!p.overwrite) {
+      visit([&](auto& run, LanePlaces at, auto& row) { load(p.params[run.tensor], run, at, row); });
+    }
 #pragma unroll
     for (int pair = 0; pair < pairs; ++pair) add_total(p, block, total[pair], x[pair]);
-    visit([](auto& tensor, auto& run, LanePlaces at, auto& row) { store(tensor, run, at, row); });
+    visit([&](auto& run, LanePlaces at, auto& row) {
+      round_by_chance(p, first_span << kSpanBits, run, at, row);
+      store(p.params[run.tensor], run, at, row);
+    });
   }
 };
 

@@ -51,6 +51,8 @@ def check(config: SimulationConfig) -> None:
         )
     if config.algorithm == "ferret" and config.ferret.secure_aggregation:
         _check_secure(config)
+    if config.ferret.rounding == "stochastic":
+        _check_rounding(config)
     _check_privacy(config)
     _check_server(config)
     if config.federation.min_deadline > config.federation.max_deadline:
@@ -159,6 +161,20 @@ def _check_privacy(config: SimulationConfig) -> None:
     for found, text in unfit:
         if found:
             raise ConfigError(text)
+
+
+def _check_rounding(config: SimulationConfig) -> None:
+    """Stochastic rounding belongs to the step that an update alone makes."""
+    for wrong, text in (
+        (
+            config.algorithm != "ferret" or config.ferret.mode == "reference-code",
+            "ferret in paper mode",
+        ),
+        (config.dtype == "float32", "dtype bfloat16 or float16"),
+        (not config.server.plain, "server.optim sgd without momentum"),
+    ):
+        if wrong:
+            raise ConfigError(f"ferret.rounding: expected nearest unless with {text}, got stochastic")
 
 
 def _check_server(config: SimulationConfig) -> None:

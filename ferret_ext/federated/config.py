@@ -225,6 +225,11 @@ class FerretConfig:
         "largest, and so is their noise; none: 3, for reference-code 0",
         at_least=0,
     )
+    rounding: Literal["nearest", "stochastic"] = option(
+        "nearest",
+        "how the server's step leaves bfloat16 and float16 weights: to nearest, where steps below half of a "
+        "weight's last place are lost, or by chance, so that the mean is right; the same on every machine",
+    )
     slr_schedule: Literal["none", "linear", "cosine"] = option(
         "linear", "reference-code: how server_learning_rate falls to slr_min over the rounds"
     )

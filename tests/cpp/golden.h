@@ -147,13 +147,15 @@ void run_project(const Record& r, Backend& backend, const std::string& who) {
 
 template <class Backend>
 void run_apply(const Record& r, Backend& backend, const std::string& who) {
-  const bool overwrite = r.kind() == "reconstruct";
-  const Dtype dtype = dtype_of(r.argument(1));
-  const Dtype gamma_dtype = dtype_of(r.argument(overwrite ? 9 : 7));
-  const int64_t offset = r.integer(overwrite ? 4 : 3), count = r.integer(overwrite ? 6 : 4);
-  const int64_t numel = overwrite ? r.integer(5) : count, columns = r.integer(overwrite ? 7 : 5);
+  const bool overwrite = r.kind() == "reconstruct", stochastic = r.kind() == "round";
+  const ferret::Rounding rounding = {stochastic, stochastic ? hex(r.argument(1)) : 0};
+  const int skip = stochastic ? 1 : 0;  // the seed stands in front of apply's arguments
+  const Dtype dtype = dtype_of(r.argument(skip + 1));
+  const Dtype gamma_dtype = dtype_of(r.argument(overwrite ? 9 : skip + 7));
+  const int64_t offset = r.integer(overwrite ? 4 : skip + 3), count = r.integer(overwrite ? 6 : skip + 4);
+  const int64_t numel = overwrite ? r.integer(5) : count, columns = r.integer(overwrite ? 7 : skip + 5);
   const bool wide = dtype == Dtype::float64 || gamma_dtype == Dtype::float64;
-  Array param = overwrite ? Array(dtype, count) : input(dtype, count, hex(r.argument(6)));
+  Array param = overwrite ? Array(dtype, count) : input(dtype, count, hex(r.argument(skip + 6)));
   std::vector<ferret::Update> updates;
   Array gammas(wide ? Dtype::float64 : Dtype::float32, 0);
   const auto add_update = [&](const std::string& seed, double weight, const std::string& start) {
@@ -164,8 +166,8 @@ void run_apply(const Record& r, Backend& backend, const std::string& who) {
   if (overwrite) {
     add_update(r.argument(3), 1.0, r.argument(8));
   } else {
-    for (int64_t i = 0; i < r.integer(9); ++i) {
-      const int at = 10 + 3 * static_cast<int>(i);
+    for (int64_t i = 0; i < r.integer(skip + 9); ++i) {
+      const int at = skip + 10 + 3 * static_cast<int>(i);
       add_update(r.argument(at), r.real(at + 1), r.argument(at + 2));
     }
   }
@@ -178,10 +180,11 @@ void run_apply(const Record& r, Backend& backend, const std::string& who) {
                                                    static_cast<int64_t>(updates.size()),
                                                    {gammas.bytes.data()},
                                                    columns,
-                                                   basis_of(r.argument(2)),
-                                                   overwrite ? 1.0 : r.real(8),
+                                                   basis_of(r.argument(skip + 2)),
+                                                   overwrite ? 1.0 : r.real(skip + 8),
                                                    wide,
-                                                   overwrite});
+                                                   overwrite,
+                                                   rounding});
   testing::check(done, who + ": apply accepts " + r.name());
   r.check(param, who);
 }
@@ -203,7 +206,7 @@ template <class Backend>
 void run(const std::vector<Record>& records, Backend& backend, const std::string& who) {
   for (const Record& r : records) {
     if (r.kind() == "project") run_project(r, backend, who);
-    if (r.kind() == "reconstruct" || r.kind() == "apply") run_apply(r, backend, who);
+    if (r.kind() == "reconstruct" || r.kind() == "apply" || r.kind() == "round") run_apply(r, backend, who);
     if (r.kind() == "basis") run_basis(r, backend, who);
   }
 }

@@ -138,6 +138,35 @@ def test_clients_train_in_any_dtype(dtype: torch.dtype, seeds: str) -> None:
     assert len({len(message) for message in messages}) == 1
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_rounding_by_chance_moves_all_parties_alike(seeds: str) -> None:
+    """By the round's own seed; not where rounding to nearest leads, but less than a place from there."""
+    fed = federation(toy().bfloat16(), seeds=seeds, rounding="stochastic")
+    nearest = federation(toy().bfloat16(), seeds=seeds)
+    nearest.apply(fed.round())
+    fed.catch_up()
+    assert torch.equal(flat(fed.server.replica.params), flat(fed.client.params))
+    mine, other = flat(fed.server.replica.params), flat(nearest.server.replica.params)
+    assert (mine != other).float().mean() > 0.1
+    assert (mine - other).abs().max() <= 0.02 * other.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"dtype": "float32"}, "dtype bfloat16 or float16, got stochastic"),
+        ({"algorithm": "fedavg"}, "ferret in paper mode"),
+        ({"ferret.mode": "reference-code"}, "ferret in paper mode"),
+        ({"server.optim": "adam"}, "server.optim sgd without momentum"),
+    ],
+)
+def test_rounding_by_chance_belongs_to_the_plain_step_of_narrow_weights(wrong: Any, text: str) -> None:
+    given = {"model": "m", "data": "d", "out": "o", "dtype": "bfloat16", "ferret.rounding": "stochastic"}
+    assert build(list(given.items())).ferret.rounding == "stochastic"
+    with pytest.raises(ConfigError, match=f"ferret.rounding: expected nearest unless with {text}"):
+        build(list({**given, **wrong}.items()))
+
+
 def test_clients_of_different_dtypes_share_a_round() -> None:
     """A bfloat16 client's update is the float32 client's but for its own rounding."""
     single, half = (federation(model, verify_weights=False) for model in (toy(), toy().bfloat16()))

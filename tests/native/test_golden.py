@@ -69,7 +69,7 @@ def test_integers_match_golden(arguments: list[str], values: str) -> None:
     assert reference.integers(seed, basis, offset, count, range(k, k + 1))[0].tolist() == expected
 
 
-@pytest.mark.parametrize("record", lines("basis", "project", "reconstruct", "apply"))
+@pytest.mark.parametrize("record", lines("basis", "project", "reconstruct", "apply", "round"))
 def test_operators_match_golden(isa: str, record: str) -> None:
     assert known_answers.answer(record) == record.split(" : ")[1]
 

@@ -119,6 +119,11 @@ class Projecting(Algorithm[P]):
             written = coordinates.write(gammas, plan, kind)
         return {"contract": self.contract, "seed": seed, **written}, loss
 
+    def walk(self, replica: P, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float) -> None:
+        """The round's step, over (seed, gammas, share)."""
+        by_chance = self.config.rounding == "stochastic"
+        replica.walk(terms, step, self.config.chosen_basis, by_chance=by_chance)
+
     def step(self, round_: int) -> float:
         """The server's step in a round."""
         warmup = max(1, self.config.chosen_server_warmup)
@@ -164,7 +169,7 @@ class Ferret(Projecting[PlanReplica]):
         seeds = [update.seed("seed") for update in updates.messages]
         gammas = [self.gammas(replica, update) for update in updates.messages]
         terms = list(zip(seeds, gammas, updates.shares, strict=True))
-        replica.walk(terms, broadcast.value("step", float), self.config.chosen_basis)
+        self.walk(replica, terms, broadcast.value("step", float))
         self.allocate(replica, broadcast)
 
     def relayed(self, replica: PlanReplica, broadcast: Message) -> tuple[list[wire.Array], list[float]]:
@@ -256,7 +261,7 @@ class SharedFerret(Projecting[SharedReplica]):
         gammas = broadcast.array("gammas", "<f4", (replica.plan.K,))
         step, next_seed = broadcast.value("step", float), broadcast.seed("next_seed")
         terms = [(replica.next_seed, torch.from_numpy(gammas.copy()), 1.0)]
-        replica.walk(terms, step, self.config.chosen_basis)
+        self.walk(replica, terms, step)
         self.allocate(replica, broadcast)
         replica.next_seed = next_seed
 

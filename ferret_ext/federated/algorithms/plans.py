@@ -56,13 +56,24 @@ class PlanReplica(Replica):
         squares = torch.tensor(norms, dtype=torch.float64, device=self.params[0].device).square()
         return self._total(squares).sqrt().tolist()
 
-    def walk(self, terms: Sequence[tuple[int, Tensor | Packed, float]], step: float, basis: Basis) -> None:
-        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share), or the optimiser's step."""
+    def walk(
+        self,
+        terms: Sequence[tuple[int, Tensor | Packed, float]],
+        step: float,
+        basis: Basis,
+        *,
+        by_chance: bool = False,
+    ) -> None:
+        """w -= step sum_i share_i V_i gamma_i over terms (seed, gammas, share), or the optimiser's step.
+
+        by_chance: 16-bit weights are rounded stochastically, by the first term's seed.
+        """
         device, part = self.params[0].device, self.part
+        rounding_seed = terms[0][0] if by_chance else None
         moved = [(seed, gammas.to(device), share) for seed, gammas, share in terms]
 
         def add(tensors: list[Tensor], alpha: float = 1.0) -> None:
-            ferret_ext.apply_(part, tensors, moved, alpha, basis=basis)
+            ferret_ext.apply_(part, tensors, moved, alpha, basis=basis, rounding_seed=rounding_seed)
 
         with torch.no_grad():
             if self.optimizer is None:
