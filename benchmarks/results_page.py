@@ -62,13 +62,13 @@ first model's and the best final one.
 **What may be compared.** The model here has 260,000 parameters and knows children's stories, so its losses
 say nothing about the paper's models of 1.3 to 13 billion parameters, and its Rouge-L is noise. What carries
 over is the order of the algorithms at equal rounds, the bytes, and the shares of time; the paper's own
-figures stand below each table for that. Step sizes were chosen by short trials on GSM8K, not for each data
-set. FedZO and FedKSeed take 200 local steps a round as published, DeComFL and FeedSign one of ten
-directions, the others 10 steps of 4 records. Seconds were taken while the machine did other work too, and
-bytes with wire format 2, whose messages are some 14 bytes shorter than today's. Ferret sends float32
+figures stand below each table for that. Step sizes were chosen by short trials on GSM8K, and FedZO's and
+FedKSeed's on Natural Instructions and Dolly again, where that of GSM8K diverged or went to and fro. FedZO and
+FedKSeed take 200 local steps a round as published, DeComFL and FeedSign one of ten directions, the others 10
+steps of 4 records. Seconds were taken while the machine did other work too, on one core. Bytes on GSM8K and
+CodeAlpaca are of wire format 2, whose messages are some 14 bytes shorter than today's. Ferret sends float32
 coordinates here, as published but for their width; [quality.md](quality.md) has what fewer bits buy.
-At that step FedZO, FedKSeed and FedKSeed-Pro break the model on Natural Instructions (6.238 is the loss of
-uniform guesses); the pictures end where a loss is 1.25 times the first.
+The pictures end where a loss is 1.25 times the first.
 """
 
 
@@ -114,10 +114,11 @@ The paper's Rouge-L in per cent:
 def setting(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     """How the figures came about."""
     seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
-    about, rounds = runs[0]["environment"], len(runs[0]["rounds"]) - 1
+    about, rounds = [run["environment"] for run in runs], len(runs[0]["rounds"]) - 1
+    processors, torch = (", ".join(sorted({it[key] for it in about})) for key in ("processor", "torch"))
     return (
         f"`ferret compare --preset small/{name}` with {runs[0]['model']}, {rounds} rounds, seeds {seeds}; "
-        f"{about['processor']}, threads: {about['threads']}, torch {about['torch']}."
+        f"{processors}, threads: {about[0]['threads']}, torch {torch}."
     )
 
 
