@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py frontier --model FOLDER --data FOLDER --json FILE [--seeds 0,1,2]
     python benchmarks/quality.py errors --model FOLDER --data FOLDER --json FILE
+    python benchmarks/quality.py phases --model FOLDER --data FOLDER --json FILE
 
 frontier: runs of the preset small/gsm8k (--preset NAME for another) by FedAvg and by Ferret with coordinates
 of several forms and sizes (--only NAME: those whose name begins so). A row is one of the forms, with its runs
@@ -10,6 +11,9 @@ not run again.
 
 errors: the mean-square error of one reconstruction beside its closed form (docs/quality.md), over forms at
 equal bytes for normal updates, and over blocks and allocations for an update out of training.
+
+phases: seconds of a client's local round, of projecting and packing its update, and of rebuilding from three
+clients, on every CPU path of the machine, one thread.
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from timer import write
+from timer import measure_in_turns, write
 
 import ferret_ext
 from ferret_ext import BlockPlan, Packing
@@ -262,7 +266,7 @@ GRANULARITIES: tuple[Any, ...] = (262144, 65536, 16384, "packed", "tensor", 4096
 
 def by_plan(options: argparse.Namespace, K: int = 16384, draws: int = 10) -> Iterator[dict[str, Any]]:
     """Float coordinates of normal numbers and of a client's first update, over blocks and allocations."""
-    named, trained = first_update(options)
+    named, trained, _ = first_update(options)
     torch.manual_seed(0)
     for update, delta in (("normal", [torch.randn_like(part) for part in trained]), ("trained", trained)):
         zeros = [torch.zeros_like(part) for part in delta]
@@ -290,24 +294,81 @@ def predicted(plan: BlockPlan, norms: Sequence[float]) -> float:
     return math.fsum(norm**2 * (block.numel - 1) / block.k for block, norm in pairs) / total
 
 
-def first_update(options: argparse.Namespace) -> tuple[list[tuple[str, torch.Tensor]], list[torch.Tensor]]:
-    """The model's parameters, and what client 0's first round changes in them."""
+def first_update(
+    options: argparse.Namespace,
+) -> tuple[list[tuple[str, torch.Tensor]], list[torch.Tensor], float]:
+    """The model's parameters, what client 0's first round changes in them, and the seconds that it takes."""
     config = config_of(options, "fedavg", 0)
     model, tokenizer = models.load(config.model, config.dtype, torch.device("cpu"), 0)
     data = loading.load(
         config, tokenizer, models.max_length(model, config.dataset.max_length), lambda _: None
     )
     before = [param.detach().clone() for param in model.parameters()]
+    began = time.perf_counter()
     LocalTrainer(config.training, tokenizer.pad_token_id).train(model, data.shards[0], 0)
+    seconds = time.perf_counter() - began
     after = [param.detach() for param in model.parameters()]
-    return list(model.named_parameters()), [a - b for a, b in zip(before, after, strict=True)]
+    return list(model.named_parameters()), [a - b for a, b in zip(before, after, strict=True)], seconds
+
+
+# ---- phases ----
+
+TIMED = ("float16 512", "float16 4096", "choice12 512", "auto warm-up 3, 512", "auto warm-up 3, 4096")
+CLIENTS = 3
+
+
+def phases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a form and path, with the seconds of its phases."""
+    named, update, seconds_local = first_update(options)
+    model = torch.nn.Module()
+    for name, param in named:
+        model.register_parameter(name.replace(".", "_"), torch.nn.Parameter(param.detach()))
+    rows = []
+    for form in FORMS:
+        if (name := f"{form.name} {form.bytes}") not in TIMED:
+            continue
+        config = FerretConfig(K=form.fitted(model), granularity=form.granularity, coordinates=form.kind)
+        plan = first_plan(config, model)
+        project, rebuild = phases_of(plan, PACKINGS.get(form.kind), update)
+        isas = ferret_ext.cpu_capability()["available"]
+        timings = measure_in_turns([on(isa, call) for isa in isas for call in (project, rebuild)])
+        for isa, projects, rebuilds in zip(isas, timings[::2], timings[1::2], strict=True):
+            row = {"name": name, "K": plan.K, "isa": isa, "local": seconds_local}
+            rows.append({**row, "project": projects, "rebuild": rebuilds})
+            told = f"project {1e3 * projects.median:.2f} ms, rebuild {1e3 * rebuilds.median:.2f} ms"
+            print(f"{name:22} {isa:11} {told}", flush=True)
+    write(options.json, rows)
+    return rows
+
+
+def phases_of(
+    plan: BlockPlan, packing: Packing | None, update: list[torch.Tensor]
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """Projecting and packing the update; rebuilding from several clients' coordinates of it."""
+    full = packing.candidates(plan) if packing else plan
+    zeros, weights = ([torch.zeros_like(part) for part in update] for _ in range(2))
+
+    def project(seed: int = 0) -> Any:
+        gammas = ferret_ext.project_difference(full, update, zeros, seed)
+        return ferret_ext.pack(plan, gammas, packing) if packing else gammas
+
+    terms = [(seed, project(seed), 1 / CLIENTS) for seed in range(CLIENTS)]
+    return project, lambda: ferret_ext.apply_(plan, weights, terms, -1.0)
+
+
+def on(isa: str, call: Callable[[], Any]) -> Callable[[], None]:
+    def there() -> None:
+        ferret_ext.set_cpu_isa(isa)
+        call()
+
+    return there
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["frontier", "errors"])
+    parser.add_argument("what", choices=["frontier", "errors", "phases"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
@@ -319,7 +380,7 @@ def main() -> None:
     parser.add_argument("--only", help="only forms whose name begins so")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    {"frontier": frontier, "errors": errors}[options.what](options)
+    {"frontier": frontier, "errors": errors, "phases": phases}[options.what](options)
 
 
 if __name__ == "__main__":

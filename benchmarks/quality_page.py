@@ -133,19 +133,53 @@ TABLE
 """
 
 
+PHASES = """## What it costs in time
+
+`benchmarks/quality.py phases`, the 260,000-parameter model on GSM8K: milliseconds in which a client projects
+and packs its update, and in which anybody rebuilds the updates of three clients, on each path of one core
+(PROCESSOR). A client's local round takes LOCAL ms there. Paths give the same bits, so the share of FedAvg's
+loss reduction is the same for all of them; it is that of the table above. Candidates are projected on but
+not rebuilt from, so that choices cost the client alone.
+
+TABLE
+
+"""
+
+
 def page(
     errors: Sequence[Mapping[str, Any]],
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     plans: Sequence[Mapping[str, Any]],
     rounds: Sequence[Mapping[str, Any]],
+    phases: Mapping[str, Any],
 ) -> str:
-    """The page in Markdown. errors, plans, rounds: rows of the files of that name; runs: of the others."""
+    """The page in Markdown. errors, plans, rounds: rows of the files of that name; runs: of the others.
+
+    phases: the whole file.
+    """
     by_form = [row for row in errors if row["table"] == "form"]
     by_plan = [row for row in errors if row["table"] == "plan"]
     text = HEAD.replace("WORTH", worths(by_form)).replace("FORMS", forms_table(by_form))
     text = text.replace("PLANS", plans_table(by_plan)) + plans_section(plans)
     frontiers = "".join(section(name, runs[name]) for name in TITLES if name in runs)
-    return text + frontiers + rounds_section(rounds)
+    return text + frontiers + phases_section(phases, runs["gsm8k"]) + rounds_section(rounds)
+
+
+def phases_section(phases: Mapping[str, Any], frontier: Sequence[Mapping[str, Any]]) -> str:
+    """A line a form: milliseconds of projecting + rebuilding by path."""
+    rows, of_form = phases["rows"], {row["name"]: row for row in frontier}
+    isas = list(dict.fromkeys(row["isa"] for row in rows))
+    lines = [["form", "bytes", "K", "share", *(f"{isa}: project + rebuild" for isa in isas)]]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own, form = [row for row in rows if row["name"] == name], of_form[name]
+        times = [
+            f"{1e3 * row['project']['median']:.2f} + {1e3 * row['rebuild']['median']:.2f}" for row in own
+        ]
+        share = f"{fmean(shares(form, frontier[0])):.1%}"
+        plan = ", plan auto" if form.get("granularity") == "auto" else ""
+        lines.append([form["kind"] + plan, f"{form['bytes']:,}", f"{own[0]['K']:,}", share, *times])
+    text = PHASES.replace("PROCESSOR", phases["machine"]["processor"])
+    return text.replace("LOCAL", f"{1e3 * rows[0]['local']:,.0f}").replace("TABLE", table(lines))
 
 
 def worths(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -260,8 +294,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if the page is not what the files say")
     check = parser.parse_args().check
     runs = read("quality-*.json")
+    del runs["phases"]
     errors, plans, rounds = runs.pop("errors"), read("plans.json")["plans"], read("rounds.json")["rounds"]
-    text = page(errors, runs, plans, rounds)
+    phases = json.loads((RESULTS / "quality-phases.json").read_text("utf-8"))
+    text = page(errors, runs, plans, rounds, phases)
     if check:
         return int((DOCS / "quality.md").read_text("utf-8") != text)
     (DOCS / "quality.md").write_text(text, "utf-8")

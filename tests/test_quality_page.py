@@ -56,6 +56,30 @@ def test_table_has_losses_shares_and_spread() -> None:
     assert "seeds 0, 1: the share of FedAvg's loss reduction that Ferret reaches" in text
 
 
+def test_a_forms_phases_stand_beside_its_share() -> None:
+    page = runpy.run_path(str(PAGE))
+    ways = [("scalar", 0.04), ("avx2", 0.002)]
+    phases = {
+        "machine": {"processor": "a processor"},
+        "rows": [
+            {
+                "name": "choice8 512",
+                "K": 7,
+                "isa": isa,
+                "local": 2.0,
+                "project": {"median": seconds},
+                "rebuild": {"median": seconds / 2},
+            }
+            for isa, seconds in ways
+        ],
+    }
+    text = page["phases_section"](
+        phases, [row("fedavg", 2.0), row("choice8 512", 2.5, kind="choice8", bytes=512)]
+    )
+    assert "| choice8 | 512 | 7 | 75.0% | 40.00 + 20.00 | 2.00 + 1.00 |" in text
+    assert "round takes 2,000 ms" in text
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name}-{form.bytes}")
 def test_forms_fill_their_bytes(form: quality.Form) -> None:
     count, blocks = form.count(47), 47
