@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     options.preset, options.set = "small/gsm8k", []
     torch.set_num_threads(1)
-    named, update = first_update(options)
+    named, update, _ = first_update(options)
     with torch.device("meta"):
         large = list(llama(SHAPES["tinyllama"], torch.device("meta")).named_parameters())
     rows = []
