@@ -20,6 +20,7 @@ DRAWN = ("ferret", "fedavg", "ferret momentum 0.5", "fedavg momentum 0.5")  # of
 TASKS = {
     "gsm8k": "GSM8K",
     "languages": "languages",
+    "dolly": "Dolly",
 }
 STUDIES = {
     "server": "server's step",
@@ -55,8 +56,9 @@ ROUNDS = """## Rounds
 `benchmarks/rounds_study.py`: what else a round is made of, at 512 bytes a client and round (`choice8`, K =
 406, a block a tensor, step 0.8, warm-up 3 unless the case is about them; int8, K = 457 where bases are
 compared). GSM8K with 3 clients; names and dates in eight languages, a client each, of which three are drawn
-a round (`benchmarks/languages.py`; for 2 of 40, dirichlet by language). So that there could be many runs, a
-local step has one record of GSM8K or two of languages, where the presets have four; ROUNDCOUNT rounds, T =
+a round (`benchmarks/languages.py`; for 2 of 40, dirichlet by language); Dolly by category. So that there
+could be many runs, a local step has one record of GSM8K or Dolly, two of languages, where the presets have
+four; ROUNDCOUNT rounds, T =
 10 unless said. The share is of FedAvg's loss reduction with the plain step, the same seed and as many local
 steps. Cases of one seed are no more than a hint: on GSM8K losses of two seeds differ by some 0.05.
 

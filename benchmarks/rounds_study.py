@@ -1,9 +1,11 @@
 """What a round is made of: the server's optimiser, the local one, steps, bases, clients, sampling.
 
-    python benchmarks/rounds_study.py --model FOLDER --data gsm8k=FOLDER --data languages=FOLDER --json FILE
+    python benchmarks/rounds_study.py --model FOLDER --data gsm8k=FOLDER --data languages=FOLDER \\
+        --data dolly=FILE --json FILE
 
-Every case is a run of the preset small/gsm8k with a few settings changed, by seed; runs that the file has are
-not run again. languages: a folder of `languages.py`. --only TEXT: cases whose task, study and name begin so.
+Every case is a run of the preset small/gsm8k, or small/dolly, with a few settings changed, by seed; runs that
+the file has are not run again. languages: a folder of `languages.py`. --only TEXT: cases whose task, study
+and name begin so.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ TASKS: dict[str, Settings] = {
         "dataset.prompt": "{language}: {input} = ",
         "dataset.response": "{output}",
     },
+    "dolly": {"training.gradient_accumulation_steps": 1, "evaluation.max_samples": 50},
 }
+PRESETS = {"dolly": "small/dolly"}  # of the others small/gsm8k
 # 512 bytes a client and round, of a model of 47 tensors, as `quality.FORMS` has them
 PLAIN: Settings = {
     "ferret.K": 406,
@@ -118,7 +122,7 @@ def bases(task: str) -> Iterator[Case]:
 
 
 def sampling(task: str) -> Iterator[Case]:
-    """Two of 40 clients a round, 5 %, whose data is skewed by language."""
+    """Two of 40 clients a round, 5 %, whose data is skewed by language or, of Dolly, by category."""
     skewed = {"partition.kind": "dirichlet", "num_clients": 40, "client_fraction": 0.05}
     yield Case("sampling", "ferret", task, "ferret", {**BEST, **skewed})
     yield Case("sampling", "fedavg", task, "fedavg", skewed)
@@ -127,7 +131,11 @@ def sampling(task: str) -> Iterator[Case]:
 
 
 STUDIES = (server_optimiser, adaptive, local_optimiser, bases, steps, clients, sampling)
-CASES = [*server_optimiser("gsm8k"), *(case for study in STUDIES for case in study("languages"))]
+CASES = [
+    *server_optimiser("gsm8k"),
+    *(case for study in STUDIES for case in study("languages")),
+    *sampling("dolly"),
+]
 
 
 def run(options: argparse.Namespace, case: Case, seed: int) -> dict[str, Any]:
@@ -153,7 +161,7 @@ def config_of(options: argparse.Namespace, case: Case, seed: int) -> SimulationC
         ("out", "unused"),
         ("seed", seed),
     ]
-    variant = presets.settings_of("small/gsm8k", case.variant)
+    variant = presets.settings_of(PRESETS.get(case.task, "small/gsm8k"), case.variant)
     return configuration.build([*variant, *where, *TASKS[case.task].items(), *case.settings.items()])
 
 
