@@ -22,6 +22,7 @@ pytestmark = pytest.mark.flower
 
 ROOT = Path(__file__).parents[2]
 FAST = ["num_clients=2", "client_fraction=1", "rounds=2", "federation.join_timeout=100"]
+FAST += ["federation.min_deadline=200"]  # on a busy machine nobody is left out
 SECONDS = 600  # for a federation to end, on a busy machine
 
 
