@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timer import measure_in_turns, write
@@ -68,7 +68,7 @@ class Form:
     bytes: int
     server_learning_rate: float
     server_warmup: int = 0
-    granularity: str = "tensor"
+    granularity: Literal["auto", "tensor"] = "tensor"
 
     def count(self, blocks: int) -> int:
         """K: as many coordinates as the bytes hold. Those of float16 count without their scales."""

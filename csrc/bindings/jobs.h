@@ -256,8 +256,7 @@ struct Operators {
                             std::optional<int64_t> rounding_seed) {
     const TablePlan plan("apply_blocks_", blocks, pieces, params, gammas.size(-1));
     const auto updates = updates_of("apply_blocks_", seeds, weights, gammas);
-    apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false,
-              rounding_of(rounding_seed));
+    apply_job("apply_blocks_", plan.plan(), params, gammas, updates, alpha, kind, false, rounding_of(rounding_seed));
   }
 
   static void apply_packed_(std::vector<Tensor> params, Tensor blocks, Tensor pieces, int64_t total, Tensor codes,

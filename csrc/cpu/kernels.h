@@ -6,7 +6,7 @@
 
 namespace ferret::cpu {
 
-inline constexpr int kRun = 4;            // tiles that are done together
+inline constexpr int kRun = 4;  // tiles that are done together
 inline constexpr int kRunElements = kRun * kTile;
 inline constexpr int kColumnBatch = 512;  // columns that share one set of look-up tables of a tile
 inline constexpr int kSpan = 2048;        // elements that share one pass over the coordinates

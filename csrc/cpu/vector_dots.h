@@ -34,8 +34,7 @@ struct RunSource {
   FERRET_HD float largest(int tile, LinesAhead& ahead) const {
     const int first = tile * kTile;
     if constexpr (!difference && sizeof(T) == 2) return to_float(T{V::largest_magnitude16(now + first, kTile / 32)});
-    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); },
-                                [&]() FERRET_INLINE { ahead(); });
+    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); }, [&]() FERRET_INLINE { ahead(); });
   }
 };
 
@@ -90,7 +89,7 @@ template <class V, int columns>
 typename V::I dot_columns(const RunBits* bits, const RunDigits& digits, LinesAhead& ahead) {
   return dot_columns<V, columns>(
       bits,
-      [&](int word, auto n, typename V::I (&digit)[3]) FERRET_INLINE {
+      [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
         for (int m = 0; m < 3; ++m) digit[m] = V::load(digits.digit[word][n][m]);
       },
       ahead);
@@ -104,12 +103,13 @@ FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, c
   for (int i = 0; i < kRun; ++i) scale[i] = V::set1(scales[i]);
   return dot_columns<V, columns>(
       bits,
-      [&](int word, auto n, typename V::I (&digit)[3]) FERRET_INLINE {
+      [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
         typename V::I q[kRun];
         for (int i = 0; i < kRun; ++i) {
           // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves q + 2^22 in the
           // low 23 bits.
-          q[i] = V::as_int(V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
+          q[i] = V::as_int(
+              V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
         }
         V::take_digits(q, digit);
         for (int m = 0; m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);

@@ -262,8 +262,8 @@ ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) 
   const Piece* pieces = workspace.table(plan.pieces, plan.num_pieces);
   const TensorRef* params = workspace.table(job.params, tensors);
 
-  const ApplyParams all = {nullptr,         0,         plan.num_blocks, pieces, params,        updates,
-                           job.num_updates, job.total, groups,          0,      job.overwrite, job.rounding, {}};
+  const ApplyParams all = {nullptr, 0, plan.num_blocks, pieces,       params, updates, job.num_updates, job.total,
+                           groups,  0, job.overwrite,   job.rounding, {}};
   const auto list = [&](const Takes& takes) {
     ApplyParams part = all;
     const auto listed = block_table(plan, takes, &part.items);
