@@ -160,10 +160,12 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
     add_update(p, block, i, sum, total);
   }
   add_total(p, block, total, x);
-  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan, [&](const Run& run) {
-    round_by_chance(p, span * kSpan, run, places, x);
-    store(p.params[run.tensor], run, places, x);
-  });
+  if (p.rounding.stochastic) {
+    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
+                 [&](const Run& run) { round_by_chance(p, span * kSpan, run, places, x); });
+  }
+  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
+               [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
 }
 
 // At least 4 CTAs a multiprocessor: registers for that suffice without spills.

@@ -73,7 +73,7 @@ template <int n, class Places, class Real>
 __device__ __forceinline__ void round_by_chance(const ApplyParams& p, uint64_t start, const Run& run, Places places,
                                                 Real (&x)[n]) {
   const Dtype dtype = p.params[run.tensor].dtype;
-  if (!p.rounding.stochastic || size_of(dtype) != 2) return;
+  if (size_of(dtype) != 2) return;
   const bool one_call = are_consecutive<n>(places);  // since then they start at a multiple of n, which divides 8
   Words words = {};
 #pragma unroll

@@ -225,10 +225,10 @@ struct MatrixSpans {
     }
 #pragma unroll
     for (int pair = 0; pair < pairs; ++pair) add_total(p, block, total[pair], x[pair]);
-    visit([&](auto& run, LanePlaces at, auto& row) {
-      round_by_chance(p, first_span << kSpanBits, run, at, row);
-      store(p.params[run.tensor], run, at, row);
-    });
+    if (p.rounding.stochastic) {
+      visit([&](auto& run, LanePlaces at, auto& row) { round_by_chance(p, first_span << kSpanBits, run, at, row); });
+    }
+    visit([&](auto& run, LanePlaces at, auto& row) { store(p.params[run.tensor], run, at, row); });
   }
 };
 
