@@ -261,11 +261,12 @@ def save_plot(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Non
             label = row["kind"] + (", with a warm-up" if row.get("server_warmup") else "")
             label += ", plan auto" if row.get("granularity") == "auto" else ""
             groups.setdefault(label, []).append((row["bytes"], shares(row, rows[0])))
-        for (label, unsorted), colour in zip(groups.items(), COLOURS, strict=False):
+        for place, (label, unsorted) in enumerate(groups.items()):
+            colour, style = COLOURS[place % len(COLOURS)], "-" if place < len(COLOURS) else "--"
             points = sorted(unsorted)
             sizes = [size for size, _ in points]
             means, least, most = ([100 * of(reached) for _, reached in points] for of in (fmean, min, max))
-            axes.plot(sizes, means, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
+            axes.plot(sizes, means, style, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
             axes.fill_between(sizes, least, most, color=colour, alpha=0.15)
         axes.axhline(100, linestyle=":", color=INK, linewidth=1)
         axes.set(
