@@ -74,8 +74,8 @@ compare, and no more.
   no difference beyond the spread of the seeds; nor did it for Ferret where 2 of 40 clients are drawn. The
   plain step stays the default.
 - **Local optimiser**: AdamW, at the best of three rates, was far behind SGD for Ferret, though not for
-  FedAvg: an update that moves all weights alike is long for what it gains, and the noise of its
-  reconstruction goes by its length. SGD stays the default.
+  FedAvg; perhaps because an update that moves all weights alike is long for what it gains, and the noise of
+  its reconstruction goes by its length. SGD stays the default.
 - **Local steps**: for the same work in all, five steps a round were a little better than ten, at twice the
   bytes; twenty and fifty lose.
 - **Bases**: with three clients a basis of their own was no better than one for all, of which the server
