@@ -23,41 +23,39 @@ struct Prefetch {
   }
 };
 
-// The lines of two ranges, a few a call, so that memory works beside the arithmetic and not in turn with it.
-// A line is asked into the second-level cache two periods before it is asked into the first: of requests into the first only some
-// 16 can be under way, too few for memory's latency.
+// The lines of two ranges in 64 calls, so that memory works beside the arithmetic and not in turn with it.
+// A line is asked into the second-level cache one and a quarter periods before it is asked into the first: of requests into the first
+// only some 16 can be under way, too few for memory's latency.
 class LinesAhead {
  public:
-  // In `calls` calls all are asked for.
-  FERRET_HD LinesAhead(const Prefetch (&ranges)[2], int calls)
-      : next_(ranges[1]), at_once_((ranges[0].lines + ranges[1].lines + calls - 1) / calls) {
+  FERRET_HD explicit LinesAhead(const Prefetch (&ranges)[2])
+      : next_(&ranges[1]), step_((ranges[0].lines + ranges[1].lines + 63) & ~63) {
     take(ranges[0]);
   }
   FERRET_HD void operator()() {
-    one();
-    for (int i = 1; i < at_once_; ++i) one();
+    if (line_ == last_) {
+      if (next_ == nullptr || next_->lines == 0) return;
+      take(*next_);
+      next_ = nullptr;
+    }
+    const char* const stop = line_ + step_;  // a range is a whole number of steps
+    do {
+      __builtin_prefetch(line_);
+      __builtin_prefetch(line_ + further_, 0, 2);
+      line_ += 64;
+    } while (line_ != stop);
   }
 
  private:
-  FERRET_HD void one() {
-    if (line_ == last_) {
-      if (next_.lines == 0) return;
-      take(next_);
-      next_.lines = 0;
-    }
-    __builtin_prefetch(line_);
-    __builtin_prefetch(line_ + 2 * period_, 0, 1);
-    line_ += 64;
-  }
   FERRET_HD void take(const Prefetch& range) {
-    line_ = range.from, last_ = line_ + 64 * range.lines, period_ = range.period;
+    line_ = range.from, last_ = line_ + 64 * range.lines, further_ = range.period / 4 * 5;
   }
 
-  Prefetch next_;
+  const Prefetch* next_;
+  int64_t step_;  // bytes a call
   const char* line_;
   const char* last_;
-  int64_t period_;
-  int at_once_;
+  int64_t further_;
 };
 
 // A run of tiles of the working precision against the columns [first, first + count): the elements of `dtype` at `now`, or those at

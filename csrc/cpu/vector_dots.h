@@ -33,8 +33,11 @@ struct RunSource {
   }
   FERRET_HD float largest(int tile, LinesAhead& ahead) const {
     const int first = tile * kTile;
-    if constexpr (!difference && sizeof(T) == 2) return to_float(T{V::largest_magnitude16(now + first, kTile / 32)});
-    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); }, [&]() FERRET_INLINE { ahead(); });
+    const auto beside = [&]() FERRET_INLINE { ahead(); };
+    if constexpr (!difference && sizeof(T) == 2) {
+      return to_float(T{V::largest_magnitude16(now + first, kTile / 32, beside)});
+    }
+    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); }, beside);
   }
 };
 
@@ -95,8 +98,8 @@ typename V::I dot_columns(const RunBits* bits, const RunDigits& digits, LinesAhe
       ahead);
 }
 
-// As above, of the digits of the run's tiles under their scales, which are left in `digits`.
-template <class V, int columns, class Source>
+// As above, of the digits of the run's tiles under their scales, which are left in `digits` for further columns.
+template <class V, int columns, bool further, class Source>
 FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, const float (&scales)[kRun],
                                           RunDigits& digits, LinesAhead& ahead) {
   typename V::F scale[kRun];  // neither this nor x lies in memory that the compiler thinks the digits may overwrite
@@ -112,7 +115,7 @@ FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, c
               V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
         }
         V::take_digits(q, digit);
-        for (int m = 0; m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);
+        for (int m = 0; further && m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);
       },
       ahead);
 }
@@ -125,7 +128,7 @@ bool project_run_by_dots(const RunProduct<float>& p) {
   const RunSource<V, T, difference> x(p);
   float scale[kRun];
   double unit[kRun];
-  LinesAhead ahead(p.ahead, p.count <= 8 ? 64 : 128);
+  LinesAhead ahead(p.ahead);
   for (int i = 0; i < kRun; ++i) {
     const TileScale found = scale_of(x.largest(i, ahead));
     if (!found.simple) return false;
@@ -143,8 +146,9 @@ bool project_run_by_dots(const RunProduct<float>& p) {
       const int rest = count - i;
       const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)
                                                  : dot_columns<V, 2>(bits + i, digits, ahead)
-                        : rest > 2    ? dot_first_columns<V, 4>(bits, x, scale, digits, ahead)
-                                      : dot_first_columns<V, 2>(bits, x, scale, digits, ahead);
+                        : rest > 4    ? dot_first_columns<V, 4, true>(bits, x, scale, digits, ahead)
+                        : rest > 2    ? dot_first_columns<V, 4, false>(bits, x, scale, digits, ahead)
+                                      : dot_first_columns<V, 2, false>(bits, x, scale, digits, ahead);
       V::add_quarters(sums, unit, p.sums + batch + i, rest);
     }
   }

@@ -291,8 +291,7 @@ void project_run(const RunProduct<Real>& p) {
         for (int i = 0; i < kRun; ++i) {
           if (states[i] == TileState::finite) q[i] = tiles[i].q[limb], total[i] = tiles[i].total[limb];
         }
-        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, LinesAhead(p.ahead, kRun * kWordsPerTile),
-                               values[limb]);
+        rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, LinesAhead(p.ahead), values[limb]);
       }
       for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
       return;
