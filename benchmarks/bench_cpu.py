@@ -4,7 +4,7 @@
 
 The unit is a basis element: one of the d K numbers of V, each generated once and used once. A rate is that of
 the median call, beside those of the slowest and the fastest. Shares are of yardsticks (yardsticks.py), which
-are measured on as many threads and, but for philox, on an array of as many bytes:
+are measured on as many threads and, but for philox, on an array of as many bytes, beyond the caches the same:
 
 - philox: random words that the basis takes (a rademacher element 1/32 of a word, a uniform one 1/4, a
   gaussian one 1) over those that the generator makes when it has nothing else to do.
@@ -195,6 +195,7 @@ def memory(bench: Bench) -> None:
         print(f"left out: {available / 1e9:.1f} GB of memory are available")
         return
     x = filled(bench.settings.memory_numel)
+    bench.yardsticks.use(x)
     for K in bench.settings.memory_columns:
         for case in both_cases(x, K):
             bench.compare("memory", [case], bench.threads)
