@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from . import _native, checks
+from . import _native, checks, from_host
 from .packing import Packed, Packing
 from .plan import AnyPlan, BlockPlan
 
@@ -184,22 +184,31 @@ def project_difference(
 
     plan: a BlockPlan, or `plan.shard(..)` where a part of each tensor is at hand; coordinates of all parts
         add up to the whole's, to rounding.
-    old, new: the plan's tensors in its order, on one device; dtypes may differ.
+    old, new: the plan's tensors in its order, on one device; dtypes may differ. With new on a GPU old may be
+        on the CPU: its blocks are brought over a few at a time, 64 MiB or one block, beside the work on those
+        before them, if it is in pinned memory; it must not change before the GPU is done with it.
 
     Returns the flat gammas [plan.K], float32, or float64 if any tensor is; `plan.split` gives them by block.
     Raises as `project` does. Not differentiable.
     """
     op = "project_difference"
     old, new = list(old), list(new)
-    inputs = checks.plan_tensors(op, plan, "old", old) | checks.plan_tensors(op, plan, "new", new)
-    checks.one_device(op, inputs)
+    olds, news = checks.plan_tensors(op, plan, "old", old), checks.plan_tensors(op, plan, "new", new)
+    on_host = news and new[0].is_cuda and old[0].is_cpu
+    for together in (olds, news) if on_host else (olds | news,):
+        checks.one_device(op, together)
     seed, kind = checks.seed(op, seed), checks.kind(op, basis)
     after = [tensor.detach().contiguous() for tensor in new]
     before = [tensor.detach().contiguous() for tensor in old]
-    gammas: Tensor = _ops.project_blocks(
-        after, before, plan.blocks_table, plan.pieces_table, plan.K, seed, kind
-    )
-    checks.result(op, gammas, inputs)
+
+    def operator(now: list[Tensor], then: list[Tensor], blocks: Tensor, pieces: Tensor, K: int) -> Tensor:
+        return _ops.project_blocks(now, then, blocks, pieces, K, seed, kind)  # type: ignore[no-any-return]
+
+    if on_host:
+        gammas = from_host.project(plan, before, after, operator)
+    else:
+        gammas = operator(after, before, plan.blocks_table, plan.pieces_table, plan.K)
+    checks.result(op, gammas, olds | news)
     return gammas
 
 

@@ -320,7 +320,7 @@ def _norms(plan: AnyPlan, tensors: Sequence[Tensor], minus: Sequence[Tensor] | N
             run = slice(begin, min(begin + _NORM_CHUNK, start + length))
             values = tensors[tensor][run].double()
             if minus is not None:
-                values = values - minus[tensor][run].double()
+                values = values - minus[tensor][run].to(values)
             parts[block].append(torch.linalg.vector_norm(values).item())
     return [math.hypot(*norms) for norms in parts]
 

@@ -119,6 +119,9 @@ class TrainingConfig:
         False, "a client's momentum and moments go on in its next round; else they begin at zero"
     )
     gradient_checkpointing: bool = option(False, "less memory: activations are computed a second time")
+    start_on_host: bool = option(
+        False, "less memory on a GPU: a client's copy of the round's start is in pinned host memory"
+    )
     torch_compile: bool = option(False, "compiles the model for local training")
 
 

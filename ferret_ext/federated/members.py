@@ -29,11 +29,14 @@ class Members:
         weights: Mapping[int, float],
         seed: int,
         participants: Mapping[int, Participant] | None = None,
+        *,
+        start_on_host: bool = False,
     ) -> None:
         """shards, weights: each client's examples, and what it counts for. seed: the run's. participants:
-        what masks their updates; new ones unless given."""
+        what masks their updates; new ones unless given. start_on_host: of the replica."""
         self.algorithm = algorithm
         self.replica: Replica = algorithm.replicate(model)
+        self.replica.start_on_host = start_on_host
         self._shards = shards
         self._weights = weights
         self._seed = seed

@@ -96,6 +96,25 @@ def test_clients_and_server_hold_the_same_bits(allocation: str, seeds: str) -> N
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_start_in_host_memory_changes_no_bit(device: str) -> None:
+    seen = []
+    for on_host in (False, True):
+        replica = federation().algorithm.replicate(toy().to(device))
+        replica.start_on_host = on_host
+        start = flat(replica.params)
+        replica.mark()
+        assert replica.start[0].is_cuda == (device == "cuda" and not on_host)
+        with torch.no_grad():
+            for param in replica.params:
+                param.mul_(0.7)
+        seen.append((replica.project(replica.part, 3, "rademacher"), replica.norms()))
+        replica.rewind()
+        assert torch.equal(flat(replica.params), start)
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1]
+
+
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_a_client_that_comes_late_rebuilds_from_the_broadcasts(seeds: str) -> None:
     fed = federation(allocation="norm", seeds=seeds)

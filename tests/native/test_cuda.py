@@ -9,7 +9,7 @@ from support import BASES, DTYPES, assert_same_bits, normal
 from torch import Tensor
 
 import ferret_ext
-from ferret_ext import BlockPlan, Packing
+from ferret_ext import BlockPlan, Packing, from_host
 
 pytestmark = pytest.mark.cuda
 
@@ -136,6 +136,23 @@ def test_cuda_plan_operators_are_the_cpus(
     ferret_ext.apply_(plan, there[1], [(seed, g.cuda(), w) for seed, g, w in updates], 0.1, basis=basis)
     for got, expected in zip(there[1], new, strict=True):
         assert_same_bits(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32, torch.float16), DTYPES])
+def test_cuda_project_difference_from_host_memory(
+    pinned: bool, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_host, "RUN_BYTES", 5000)  # several runs
+    named = [(f"p{i}", tensor.requires_grad_()) for i, tensor in enumerate(model(0, (torch.float32,)))]
+    plan = BlockPlan.from_parameters(named, 300, granularity=1000)
+    old, new = model(100, dtypes), model(200, dtypes)
+    expected = ferret_ext.project_difference(plan, old, new, SEED)
+    old, new = [x.pin_memory() if pinned else x for x in old], [x.cuda() for x in new]
+    for _ in range(3):
+        assert_same_bits(ferret_ext.project_difference(plan, old, new, SEED).cpu(), expected)
+    with pytest.raises(ValueError, match=r"old\['p1'\] must be on the device of old\['p0'\], cpu, got cuda"):
+        ferret_ext.project_difference(plan, [old[0], *new[1:]], new, SEED)
 
 
 @pytest.mark.parametrize("packing", [Packing(1), Packing(4), Packing(8), Packing(1, 8)], ids=str)

@@ -1,12 +1,15 @@
 """project_difference and apply_ over whole plans, in terms of the operators on single blocks."""
 
+import contextlib
+
 import pytest
 import torch
 from support import BASES, DTYPES, assert_same_bits, normal
 from torch import Tensor
 
 import ferret_ext
-from ferret_ext import BlockPlan
+from ferret_ext import BlockPlan, from_host
+from ferret_ext.plan import AnyPlan
 
 SEED = 31
 NUMELS = (3000, 5, 1, 700, 2048, 513)
@@ -35,6 +38,67 @@ def test_project_difference_is_project_of_each_block(isa: str, plan: BlockPlan, 
     for gamma, delta, block in zip(plan.split(gammas), deltas, plan.blocks, strict=True):
         expected = ferret_ext.project(delta, SEED, block.k, basis=basis, offset=block.offset)
         assert_same_bits(gamma, expected)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4000, 1 << 20])
+@pytest.mark.parametrize("part", ["whole", "shard"])
+def test_runs_of_blocks_by_way_of_a_buffer_have_the_coordinates_of_one_call(
+    plan: BlockPlan, nbytes: int, part: str
+) -> None:
+    here: AnyPlan = plan
+    if part == "shard":  # of which some blocks have nothing
+        here = plan.shard([(numel // 3, numel // 3 if i % 2 else numel) for i, numel in enumerate(NUMELS)])
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    old, new = (
+        [x[:numel] for x, (_, numel) in zip(parameters(seed, dtypes), here.tensors, strict=True)]
+        for seed in (100, 200)
+    )
+    runs = list(from_host.cut(here, old, new, nbytes))
+    buffer = torch.empty(max(run.room for run in runs), dtype=torch.uint8)
+    gammas = []
+    for run in runs:
+        brought = from_host.fill(buffer, run.old)
+        gammas.append(from_host.project_run(run, brought, projected, new[0], torch.float32))
+        assert len(run.blocks) == 1 or sum(x.nbytes for x in run.old) <= nbytes
+    assert_same_bits(torch.cat(gammas), ferret_ext.project_difference(here, old, new, SEED))
+
+
+class Queue:
+    """Stands in for a CUDA stream and remembers what it had to wait for."""
+
+    def __init__(self, *_: object) -> None:
+        self.waits: list[str] = []
+
+    def wait_stream(self, other: "Queue") -> None:
+        self.waits.append("stream")
+
+    def wait_event(self, event: str) -> None:
+        self.waits.append(event)
+
+    def record_event(self) -> str:
+        self.waits.append("work")
+        return f"run {self.waits.count('work') - 1}"
+
+
+def test_a_buffer_is_filled_again_only_after_its_run(
+    plan: BlockPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues = [Queue(), Queue()]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: queues[0])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: queues[1])
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(from_host, "RUN_BYTES", 4000)
+    old, new = parameters(100), parameters(200)
+    runs = len(list(from_host.cut(plan, old, new, 4000)))
+    gammas = from_host.project(plan, old, new, projected)
+    assert_same_bits(gammas, ferret_ext.project_difference(plan, old, new, SEED))
+    assert queues[0].waits == ["stream", "work"] * runs
+    assert queues[1].waits == ["stream", *(f"run {i}" for i in range(runs - 2))]
+    assert runs > 2
+
+
+def projected(now: list[Tensor], then: list[Tensor], blocks: Tensor, pieces: Tensor, K: int) -> Tensor:
+    return torch.ops.ferret.project_blocks(now, then, blocks, pieces, K, SEED, 1)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("basis", BASES)

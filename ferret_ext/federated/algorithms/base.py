@@ -42,17 +42,18 @@ Train = Callable[
 class Replica:
     """One party's copy of the global model, as it stands after `round`.
 
-    params: the trainable parameters, changed in place. start: a client's copy of them as its round began.
-    run: names the run; a client learns it from round 0's broadcast. weights: the digest of what is `held`
-    after `round`, zeros where nobody compares it. marked: the round whose parameters are the start.
-    optimizer: the server's, which every party keeps; None where its step is plain. cut: the parameters where
-    FSDP2 has cut them over several ranks, and `params` are this one's parts.
+    params: the trainable parameters, changed in place. start: a client's copy of them as its round began, in
+    host memory with `start_on_host`. run: names the run; a client learns it from round 0's broadcast.
+    weights: the digest of what is `held` after `round`, zeros where nobody compares it. marked: the round
+    whose parameters are the start. optimizer: the server's, which every party keeps; None where its step is
+    plain. cut: the parameters where FSDP2 has cut them over several ranks, and `params` are this one's parts.
     """
 
     model: Any
     params: list[Tensor]
     round: int = 0
     start: list[Tensor] = field(default_factory=list)
+    start_on_host: bool = False
     run: bytes = wire.NO_DIGEST
     weights: bytes = wire.NO_DIGEST
     marked: int = -1
@@ -97,10 +98,15 @@ class Replica:
     def mark(self) -> None:
         """Remembers the parameters as the round's start."""
         if not self.start:
-            self.start = [torch.empty_like(param) for param in self.params]
+            self.start = [self._room_for(param) for param in self.params]
         for start, param in zip(self.start, self.params, strict=True):
             start.copy_(param)
         self.marked = self.round
+
+    def _room_for(self, param: Tensor) -> Tensor:
+        if self.start_on_host and param.is_cuda:
+            return torch.empty_like(param, device="cpu", pin_memory=True)
+        return torch.empty_like(param)
 
     @torch.no_grad()
     def rewind(self) -> None:

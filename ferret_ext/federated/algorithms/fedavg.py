@@ -64,7 +64,7 @@ class FedAvg(Algorithm[Replica]):
             loss = self.train(replica.model, data.examples, derive(data.seed, "training"), data.client)
         with watch("project"), torch.no_grad():
             pairs = zip(replica.start, replica.params, strict=True)
-            deltas = (start - param for start, param in pairs)
+            deltas = (start.to(param.device) - param for start, param in pairs)
             if self.privacy is None:
                 return pack(deltas), loss
             return pack(self.privacy.protect(list(deltas), data.round, data.client)), math.nan

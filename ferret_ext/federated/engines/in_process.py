@@ -29,9 +29,11 @@ class InProcessClients:
         shards: Sequence[Sequence[Example]],
         weights: Sequence[float],
         seed: int,
+        *,
+        start_on_host: bool = False,
     ) -> None:
         of_client = dict(enumerate(shards)), dict(enumerate(weights))
-        self._members = Members(algorithm, model, *of_client, seed)
+        self._members = Members(algorithm, model, *of_client, seed, start_on_host=start_on_host)
         self._seen = [0] * len(shards)
         self._round = 0
 
@@ -77,7 +79,12 @@ def simulate(config: SimulationConfig, narrator: Narrator, open_journal: OpenJou
         evaluator = Evaluator(config.evaluation, data.held, start.tokenizer, measures)
         weights = client_weights(start.config, start.algorithm, data.shards)
         clients = InProcessClients(
-            start.algorithm, copy.deepcopy(start.model), data.shards, weights, config.seed
+            start.algorithm,
+            copy.deepcopy(start.model),
+            data.shards,
+            weights,
+            config.seed,
+            start_on_host=config.training.start_on_host,
         )
         exchange = partial(clients.exchange, narrator)
         return run.lead(start, len(data.shards), exchange, clients.ask, evaluator, narrator, open_journal)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 # Settings and sections that a party may set for itself; all others are the server's.
 OWN = (
     *("model", "data", "device", "num_threads", "allow_pickle", "dataset", "privacy"),
-    *("training.gradient_checkpointing", "training.torch_compile", "zeroth_order.snapshot"),
+    *("training.gradient_checkpointing", "training.start_on_host", "training.torch_compile"),
+    "zeroth_order.snapshot",
     "ferret.secure_aggregation",  # set: the party takes part in no run that shows its update to the server
 )
 # Those that no server may set: they are of this machine, name files on it, or lower its guard.
@@ -182,7 +183,10 @@ class Worker:
             examples = self._examples(start)
         weights = client_weights(start.config, start.algorithm, list(examples.values()))
         own = examples, dict(zip(examples, weights, strict=True))
-        members = Members(start.algorithm, start.model, *own, config.seed, self._participants)
+        on_host = start.config.training.start_on_host
+        members = Members(
+            start.algorithm, start.model, *own, config.seed, self._participants, start_on_host=on_host
+        )
         self._member = Member(call.run, members, start.trainer, start.config)
         return self._member
 
