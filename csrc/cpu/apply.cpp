@@ -86,8 +86,18 @@ inline Prefetch parameters(const ApplyJob& job, const BlockPieces& pieces, Range
   const uint64_t first = std::max(range.begin, static_cast<uint64_t>(piece->offset));
   const uint64_t last = std::min(range.end, static_cast<uint64_t>(piece->offset + piece->length));
   if (first >= last) return {};
-  const int64_t bytes = static_cast<int64_t>(last - first) * size_of(job.params[piece->tensor].dtype);
-  return {element_of(job.params, *piece, first), static_cast<int>(bytes / 64)};
+  const auto size = static_cast<int>(size_of(job.params[piece->tensor].dtype));
+  return {element_of(job.params, *piece, first), static_cast<int>(last - first) * size / 64, kSpan * size / 4 * 3};
+}
+
+// A span's parameters, if they lie beside each other as Real.
+template <class Real>
+Real* as_they_lie(const ApplyJob& job, const BlockPieces& pieces, Range span) {
+  const Piece* piece = pieces.find(span.begin);
+  if (piece == pieces.end || job.params[piece->tensor].dtype != dtype_of(Real())) return nullptr;
+  const auto first = static_cast<uint64_t>(piece->offset), last = static_cast<uint64_t>(piece->offset + piece->length);
+  return first <= span.begin && span.end <= last ? reinterpret_cast<Real*>(element_of(job.params, *piece, span.begin))
+                                                 : nullptr;
 }
 
 template <class Real>
@@ -108,8 +118,11 @@ void apply_span(const ApplyJob& job, const Block& block, const BlockUpdates<Real
                          begin, end, sums});
     if (!alone) kernels.accumulate(sums, kSpan, updates.weights[i], i == 0, total);
   }
+  const Real* const result = alone ? sums : total;
+  Real* const whole = as_they_lie<Real>(job, updates.pieces, {start, start + kSpan});
+  if (whole != nullptr && kernels.scale_add_in_order(job.basis, result, updates.factor, job.overwrite, whole)) return;
   Real* const elements = alone ? total : sums;
-  kernels.to_element_order(job.basis, alone ? sums : total, elements);
+  kernels.to_element_order(job.basis, result, elements);
   alignas(64) uint16_t random[kSpan];
   bool drawn = false;
   for_each_overlap(updates.pieces, {start, start + kSpan}, [&](const Piece& piece, uint64_t first, uint64_t last) {

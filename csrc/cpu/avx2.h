@@ -128,9 +128,10 @@ struct Avx2 {
     const F before = open ? _mm256_setzero_ps() : _mm256_loadu_ps(h);
     _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale), before));
   }
-  // to[stride * lane + i] = from[lanes * i + lane]: halves of two rows apart come together when they are loaded, which leaves 4x4
+  // take(lane, x) with x[i] = from[lanes * i + lane]: halves of rows four apart come together when they are loaded, which leaves 4x4
   // blocks within the halves.
-  FERRET_HD static void transpose(const float* from, float* to, int stride) {
+  template <class Take>
+  FERRET_HD static void transpose(const float* from, Take take) {
     for (int lane = 0; lane < 8; lane += 4) {
       F x[4];
       for (int i = 0; i < 4; ++i) {
@@ -139,10 +140,10 @@ struct Avx2 {
       }
       const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
       const F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
-      _mm256_storeu_ps(to + stride * lane, _mm256_shuffle_ps(a, c, 0x44));
-      _mm256_storeu_ps(to + stride * (lane + 1), _mm256_shuffle_ps(a, c, 0xEE));
-      _mm256_storeu_ps(to + stride * (lane + 2), _mm256_shuffle_ps(b, d, 0x44));
-      _mm256_storeu_ps(to + stride * (lane + 3), _mm256_shuffle_ps(b, d, 0xEE));
+      take(lane, _mm256_shuffle_ps(a, c, 0x44));
+      take(lane + 1, _mm256_shuffle_ps(a, c, 0xEE));
+      take(lane + 2, _mm256_shuffle_ps(b, d, 0x44));
+      take(lane + 3, _mm256_shuffle_ps(b, d, 0xEE));
     }
   }
   FERRET_HD static void store_double(double* to, I x) {

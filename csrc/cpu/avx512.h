@@ -122,9 +122,10 @@ struct Avx512 {
     const F before = open ? _mm512_setzero_ps() : _mm512_loadu_ps(h);
     _mm512_storeu_ps(h, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale), before));
   }
-  // to[stride * lane + i] = from[lanes * i + lane]: quarters of four rows apart come together when they are loaded, which leaves
+  // take(lane, x) with x[i] = from[lanes * i + lane]: quarters of four rows apart come together when they are loaded, which leaves
   // 4x4 blocks within the quarters.
-  FERRET_HD static void transpose(const float* from, float* to, int stride) {
+  template <class Take>
+  FERRET_HD static void transpose(const float* from, Take take) {
     for (int lane = 0; lane < 16; lane += 4) {
       F x[4];
       for (int i = 0; i < 4; ++i) {
@@ -136,10 +137,10 @@ struct Avx512 {
       }
       const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
       const F c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
-      _mm512_storeu_ps(to + stride * lane, _mm512_shuffle_ps(a, c, 0x44));
-      _mm512_storeu_ps(to + stride * (lane + 1), _mm512_shuffle_ps(a, c, 0xEE));
-      _mm512_storeu_ps(to + stride * (lane + 2), _mm512_shuffle_ps(b, d, 0x44));
-      _mm512_storeu_ps(to + stride * (lane + 3), _mm512_shuffle_ps(b, d, 0xEE));
+      take(lane, _mm512_shuffle_ps(a, c, 0x44));
+      take(lane + 1, _mm512_shuffle_ps(a, c, 0xEE));
+      take(lane + 2, _mm512_shuffle_ps(b, d, 0x44));
+      take(lane + 3, _mm512_shuffle_ps(b, d, 0xEE));
     }
   }
   FERRET_HD static void store_double(double* to, I x) {

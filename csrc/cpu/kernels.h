@@ -13,19 +13,23 @@ inline constexpr int kSpan = 2048;        // elements that share one pass over t
 inline constexpr int kPad = 16;           // buffers over columns are readable and writable up to a multiple of it
 
 // Memory that is read soon. Arithmetic comes in long stretches without a load, in which memory would idle were it not asked for.
+// A line is asked into the second-level cache long before it is asked into the first: of requests into the first only some 16 can be under
+// way, too few for memory's latency.
 struct Prefetch {
   const char* from = nullptr;
-  int lines = 0;   // of 64 bytes
-  int period = 0;  // bytes; what is read after that lies so far behind it
+  int lines = 0;    // of 64 bytes, into the first-level cache
+  int further = 0;  // bytes; the lines so far behind them, into the second
 
   FERRET_HD void operator()(int first, int last) const {
-    for (int line = first; line < last && line < lines; ++line) __builtin_prefetch(from + 64 * line);
+    for (int line = first; line < last && line < lines; ++line) ask(from + 64 * line, further);
+  }
+  FERRET_HD static void ask(const char* line, int64_t further) {
+    __builtin_prefetch(line);
+    __builtin_prefetch(line + further, 0, 2);
   }
 };
 
 // The lines of two ranges in 64 calls, so that memory works beside the arithmetic and not in turn with it.
-// A line is asked into the second-level cache one and a quarter periods before it is asked into the first: of requests into the first
-// only some 16 can be under way, too few for memory's latency.
 class LinesAhead {
  public:
   FERRET_HD explicit LinesAhead(const Prefetch (&ranges)[2])
@@ -40,15 +44,14 @@ class LinesAhead {
     }
     const char* const stop = line_ + step_;  // a range is a whole number of steps
     do {
-      __builtin_prefetch(line_);
-      __builtin_prefetch(line_ + further_, 0, 2);
+      Prefetch::ask(line_, further_);
       line_ += 64;
     } while (line_ != stop);
   }
 
  private:
   FERRET_HD void take(const Prefetch& range) {
-    line_ = range.from, last_ = line_ + 64 * range.lines, further_ = range.period / 4 * 5;
+    line_ = range.from, last_ = line_ + 64 * range.lines, further_ = range.further;
   }
 
   const Prefetch* next_;
@@ -103,6 +106,8 @@ struct RealKernels {
   void (*accumulate)(const Real* sums, int64_t n, Real weight, bool first,
                      Real* total);                                          // total = fma(sums, weight, total or 0)
   void (*to_element_order)(Basis basis, const Real* sums, Real* elements);  // [kSpan] both
+  // That and scale_add in one pass, for parameters of Real [kSpan]. False, and nothing done, where the path or basis has none.
+  bool (*scale_add_in_order)(Basis basis, const Real* sums, Real factor, bool overwrite, Real* param);
   // random: of stochastic rounding to 16 bits; null rounds to nearest
   void (*scale_add)(const Real* sums, int64_t n, Real factor, bool overwrite, Dtype dtype, void* param,
                     const uint16_t* random);

@@ -114,10 +114,11 @@ struct Neon {
   FERRET_HD static void fold(I x, float scale, bool open, float* h) {
     vst1q_f32(h, fused(to_float(x), set1(scale), open ? set1(0.0f) : vld1q_f32(h)));
   }
-  // to[stride * lane + i] = from[lanes * i + lane]
-  FERRET_HD static void transpose(const float* from, float* to, int stride) {
+  // take(lane, x) with x[i] = from[lanes * i + lane].
+  template <class Take>
+  FERRET_HD static void transpose(const float* from, Take take) {
     const float32x4x4_t x = vld4q_f32(from);
-    for (int lane = 0; lane < 4; ++lane) vst1q_f32(to + stride * lane, x.val[lane]);
+    for (int lane = 0; lane < 4; ++lane) take(lane, x.val[lane]);
   }
   FERRET_HD static void store_double(double* to, I x) {
     const int32x4_t s = vreinterpretq_s32_u32(x);

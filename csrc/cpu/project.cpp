@@ -29,8 +29,9 @@ struct BlockProduct {
       if (n == kRunElements && dtype == dtype_before) {
         const auto bytes = static_cast<int>(kRunElements * size_of(dtype));
         run.now = now, run.before = before, run.dtype = dtype;
-        run.ahead[0] = {now + bytes, bytes / 64, bytes};
-        if (before != nullptr) run.ahead[1] = {before + bytes, bytes / 64, bytes};
+        const int further = bytes / 4 * 5;  // more than a run, by which these are ahead already
+        run.ahead[0] = {now + bytes, bytes / 64, further};
+        if (before != nullptr) run.ahead[1] = {before + bytes, bytes / 64, further};
       } else {
         if (run.now == nullptr) std::fill(buffer, buffer + kRunElements, Real(0));
         run.now = buffer, run.dtype = dtype_of(Real());

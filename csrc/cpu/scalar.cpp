@@ -94,6 +94,11 @@ void to_element_order(Basis, const Real* sums, Real* elements) {
   memcpy(elements, sums, kSpan * sizeof(Real));
 }
 
+template <class Real>
+bool scale_add_in_order(Basis, const Real*, Real, bool, Real*) {
+  return false;
+}
+
 uint32_t philox_checksum(uint64_t seed, uint32_t columns, uint64_t calls) {
   uint32_t result = 0;
   for (uint32_t k = 0; k < columns; ++k) {
@@ -111,8 +116,8 @@ void rounding_of_span(uint64_t seed, uint64_t span, uint16_t* random) {
 
 template <class Real>
 constexpr RealKernels<Real> kernels() {
-  return {widen<Real>,      subtract<Real>,         project_run<Real>, sum_columns<Real>,
-          accumulate<Real>, to_element_order<Real>, scale_add<Real>};
+  return {widen<Real>,      subtract<Real>,         project_run<Real>,        sum_columns<Real>,
+          accumulate<Real>, to_element_order<Real>, scale_add_in_order<Real>, scale_add<Real>};
 }
 
 }  // namespace

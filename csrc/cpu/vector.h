@@ -61,8 +61,13 @@ void rounding_of_span(uint64_t seed, uint64_t span, uint16_t* random) {
 
 template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
-  return {widen<Real>,          subtract<Real>,   project_run<V, Real>,
-          sum_columns<V, Real>, accumulate<Real>, to_element_order<V, Real>,
+  return {widen<Real>,
+          subtract<Real>,
+          project_run<V, Real>,
+          sum_columns<V, Real>,
+          accumulate<Real>,
+          to_element_order<V, Real>,
+          scale_add_in_order<V, Real>,
           scale_add<Real>};
 }
 

@@ -263,12 +263,35 @@ void to_element_order(Basis basis, const Real* sums, Real* elements) {
     const auto* h = reinterpret_cast<const Lanes<V, Real>*>(sums + begin);
     int place = 0;
     if constexpr (std::is_same_v<Real, float>) {
-      for (; place + V::lanes <= e; place += V::lanes) V::transpose(h[place], elements + begin + place, e);
+      for (; place + V::lanes <= e; place += V::lanes) {
+        float* const to = elements + begin + place;
+        V::transpose(h[place], [=](int lane, typename V::F x) FERRET_INLINE { V::store(to + e * lane, V::as_int(x)); });
+      }
     }
     for (; place < e; ++place) {
       for (int lane = 0; lane < V::lanes; ++lane) elements[begin + lane * e + place] = h[place][lane];
     }
   }
+}
+
+template <class V, class Real>
+bool scale_add_in_order(Basis basis, const Real* sums, Real factor, bool overwrite, Real* param) {
+  const int e = elements_per_call(basis);
+  if constexpr (std::is_same_v<Real, float>) {
+    if (e % V::lanes != 0) return false;
+    for (int begin = 0; begin < kSpan; begin += e * V::lanes) {
+      const auto* h = reinterpret_cast<const Lanes<V, float>*>(sums + begin);
+      for (int place = 0; place < e; place += V::lanes) {
+        float* const to = param + begin + place;
+        V::transpose(h[place], [=](int lane, typename V::F x) FERRET_INLINE {
+          const auto before = overwrite ? V::set1(0.0f) : V::as_float(V::load(to + e * lane));
+          V::store(to + e * lane, V::as_int(V::fused(x, V::set1(factor), before)));
+        });
+      }
+    }
+    return true;
+  }
+  return false;
 }
 
 }  // namespace
