@@ -74,8 +74,8 @@ class Yardsticks:
         self._arrays: dict[int, Tensor] = {}
 
     def use(self, x: Tensor) -> None:
-        """Measures on x, of float32, what is asked for as many bytes. Beyond the caches arrays of one size
-        are read at rates that differ by a tenth, each always at its own."""
+        """Measures on x, of float32, what is asked for as many bytes; update changes it. Beyond the caches
+        arrays of one size are read at different rates, each always at its own."""
         self._arrays[x.nbytes] = x
 
     def __call__(self, what: str, threads: int, nbytes: int = 0) -> float:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .plan import AnyPlan
 
-RUN_BYTES = (
-    64 << 20
-)  # of old that come together: some milliseconds on the way, beside which a launch is nothing
+# Of old that come together: long enough on the way for a launch to be nothing, short beside a model.
+RUN_BYTES = 64 << 20
 ALIGNMENT = 16  # bytes
 
 # The operator: now, before, blocks table, pieces table, K -> gammas [K].

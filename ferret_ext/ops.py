@@ -186,7 +186,8 @@ def project_difference(
         add up to the whole's, to rounding.
     old, new: the plan's tensors in its order, on one device; dtypes may differ. With new on a GPU old may be
         on the CPU: its blocks are brought over a few at a time, 64 MiB or one block, beside the work on those
-        before them, if it is in pinned memory; it must not change before the GPU is done with it.
+        before them, if it is in pinned memory; where a tensor is float64, all at once. It must not change
+        before the GPU is done with it.
 
     Returns the flat gammas [plan.K], float32, or float64 if any tensor is; `plan.split` gives them by block.
     Raises as `project` does. Not differentiable.
