@@ -73,6 +73,7 @@ def client(device: torch.device) -> None:
         if rank == 0:
             print(f"round {round_}: {K:,} coordinates, {off:.0e} off those of one process; loss {loss:.3f}")
             print(f"         rebuilt from them: {'the same bits' if same else 'other weights'}")
+    dist.barrier()  # gloo's threads let go of the last tensors, for which Python must still be there
 
 
 def work(rank: int, store: str) -> None:
