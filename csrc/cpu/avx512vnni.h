@@ -18,17 +18,14 @@ struct Avx512Vnni : Avx512 {
   FERRET_HD static F load_floats(const float16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
-  // Largest magnitude of 32 n bit patterns of 16 bits. beside() is other work, once every two vectors.
-  template <class F>
-  FERRET_HD static uint16_t largest_magnitude16(const void* x, int n, F beside) {
+  // The largest magnitude so far and in 64 bit patterns of 16 bits, by lanes of 16 bits, and that of all lanes.
+  FERRET_HD static I largest_of_64(const void* x, I so_far) {
     const auto bits = [x](int i) {
       return _mm512_and_si512(load(static_cast<const char*>(x) + 64 * i), _mm512_set1_epi16(0x7FFF));
     };
-    I largest = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 2) {
-      largest = _mm512_max_epu16(largest, _mm512_max_epu16(bits(i), bits(i + 1)));
-      beside();
-    }
+    return _mm512_max_epu16(so_far, _mm512_max_epu16(bits(0), bits(1)));
+  }
+  FERRET_HD static uint16_t reduce_max16(I largest) {
     const I low = _mm512_and_si512(largest, _mm512_set1_epi32(0xFFFF)), high = _mm512_srli_epi32(largest, 16);
     return static_cast<uint16_t>(reduce_max(max_unsigned(low, high)));
   }

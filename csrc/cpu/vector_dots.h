@@ -21,6 +21,8 @@ using RunBits = uint32_t[4][kRun * 4];  // [word][call of the run]
 // A run of T in memory as float32; `difference`: before - now.
 template <class V, class T, bool difference>
 struct RunSource {
+  static constexpr bool by_halves = !difference && sizeof(T) == 2;  // magnitudes are compared as they lie
+
   const T* now;
   const T* before;
 
@@ -31,27 +33,65 @@ struct RunSource {
     if constexpr (difference) return V::sub(V::load_floats(before + i), x);
     return x;
   }
-  FERRET_HD float largest(int tile, LinesAhead& ahead) const {
-    const int first = tile * kTile;
-    const auto beside = [&]() FERRET_INLINE { ahead(); };
-    if constexpr (!difference && sizeof(T) == 2) {
-      return to_float(T{V::largest_magnitude16(now + first, kTile / 32, beside)});
+  // The largest magnitude so far and in the elements [i, i + 64), by lanes, and that of all lanes.
+  FERRET_HD typename V::I largest_of_64(int i, typename V::I so_far) const {
+    if constexpr (by_halves) {
+      return V::largest_of_64(now + i, so_far);
+    } else {
+      return largest_of_four<V>([&](int j) FERRET_INLINE { return load(j); }, i, so_far);
     }
-    return largest_magnitude<V>([&](int i) FERRET_INLINE { return load(first + i); }, beside);
+  }
+  FERRET_HD static float reduce_max(typename V::I largest) {
+    if constexpr (by_halves) {
+      return to_float(T{V::reduce_max16(largest)});
+    } else {
+      return bits_to_float(V::reduce_max(largest));
+    }
   }
 };
 
-// bits[i] = those of the column first + i; an even number of columns is made.
-template <class V>
-void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t first, int count,
-               LinesAhead& ahead, RunBits* bits) {
+// bits[0] and bits[1] = those of the columns k and k + 1; largest[i] = the largest magnitude of tile i, for `tiles` of them from `tile` on.
+// Philox is a chain of multiplications that leaves loads and half of the arithmetic idle, which is what a search takes.
+template <class V, int tiles, class Source>
+FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t k, const Source x,
+                         int tile, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
+  const Column<One> column0 = {keys, t, One{k}}, column1 = {keys, t, One{k + 1}};
+  typename V::I w[2][4], so_far;
+  LinesAhead lines(ahead);  // which the compiler knows to be its own
+  philox_pair<V>(keys, calls, column0, calls, column1, w, [&](auto round) FERRET_INLINE {
+    unroll(Count<tiles>(), [&](auto i) FERRET_INLINE {
+      constexpr int step = round * tiles + i, n = step % 8;
+      if (n == 0) so_far = V::set1(0u);
+      so_far = x.largest_of_64((tile + step / 8) * kTile + n * 64, so_far);
+      lines();
+      if (n == 7) largest[tile + step / 8] = Source::reduce_max(so_far);
+    });
+    if constexpr (tiles > 0) V::fence(so_far);
+  });
+  ahead = lines;
+  for (int word = 0; word < 8; ++word) V::store(bits[word / 4][word % 4], w[word / 4][word % 4]);
+}
+
+// bits[i] = those of the column first + i; an even number of columns is made. With `seek` the largest magnitudes of all tiles are found
+// beside the first pairs, as few tiles a pair as there are pairs for.
+template <class V, class Source>
+FERRET_HD void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t first, int count,
+                         bool seek, const Source x, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
+  int tile = seek ? 0 : kRun;
   for (int i = 0; i < count; i += 2) {
-    const uint32_t k = first + static_cast<uint32_t>(i);
-    const Column<One> column0 = {keys, t, One{k}}, column1 = {keys, t, One{k + 1}};
-    typename V::I w[2][4];
-    philox_pair<V>(keys, calls, column0, calls, column1, w);
-    for (int n = 0; n < 4; ++n) ahead();
-    for (int word = 0; word < 8; ++word) V::store(bits[i + word / 4][word % 4], w[word / 4][word % 4]);
+    const auto make = [&](auto tiles) FERRET_INLINE {
+      make_pair<V, tiles>(keys, calls, t, first + static_cast<uint32_t>(i), x, tile, largest, ahead, bits + i);
+      tile += tiles;
+    };
+    if (tile == kRun) {
+      make(std::integral_constant<int, 0>());
+    } else if (count > 6) {
+      make(std::integral_constant<int, kRun / 4>());
+    } else if (count > 2) {
+      make(std::integral_constant<int, kRun / 2>());
+    } else {
+      make(std::integral_constant<int, kRun>());
+    }
   }
 }
 
@@ -120,20 +160,25 @@ FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, c
       ahead);
 }
 
+// False where a tile needs the general way to integers.
+FERRET_HD bool take_scales(const float (&largest)[kRun], float (&scale)[kRun], double (&unit)[kRun]) {
+  for (int i = 0; i < kRun; ++i) {
+    const TileScale found = scale_of(largest[i]);
+    if (!found.simple) return false;
+    scale[i] = found.scale, unit[i] = found.unit;
+  }
+  return true;
+}
+
 inline constexpr int kDotBatch = 16;  // columns whose bits are made together
 
 // False, and nothing done, where a tile needs the general way to integers.
 template <class V, class T, bool difference>
 bool project_run_by_dots(const RunProduct<float>& p) {
   const RunSource<V, T, difference> x(p);
-  float scale[kRun];
+  float largest[kRun], scale[kRun];
   double unit[kRun];
   LinesAhead ahead(p.ahead);
-  for (int i = 0; i < kRun; ++i) {
-    const TileScale found = scale_of(x.largest(i, ahead));
-    if (!found.simple) return false;
-    scale[i] = found.scale, unit[i] = found.unit;
-  }
   const uint64_t t = p.tile * 4;
   const PhiloxKeys keys(p.stream.seed);
   const auto calls = calls_of<V>(keys, p.stream.basis, t);
@@ -141,7 +186,8 @@ bool project_run_by_dots(const RunProduct<float>& p) {
   RunDigits digits;
   for (int batch = 0; batch < p.count; batch += kDotBatch) {
     const int count = p.count - batch < kDotBatch ? p.count - batch : kDotBatch;
-    make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, ahead, bits);
+    make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, batch == 0, x, largest, ahead, bits);
+    if (batch == 0 && !take_scales(largest, scale, unit)) return false;
     for (int i = 0; i < count; i += 4) {
       const int rest = count - i;
       const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)

@@ -243,7 +243,7 @@ void gaussian_tile_sums(const int32_t* q, int32_t, uint64_t tile, int begin, int
 template <class V>
 FERRET_HD TileState to_integers_of(const float* x, TileIntegers<float>& tile) {
   const auto load = [x](int i) FERRET_INLINE { return V::as_float(V::load(x + i)); };
-  const TileScale found = scale_of(largest_magnitude<V>(load, [] {}));
+  const TileScale found = scale_of(largest_magnitude<V>(load));
   if (!found.simple) return to_integers(x, tile);
   if (found.state != TileState::finite) return found.state;
   typename V::I total = V::set1(0u);

@@ -7,17 +7,19 @@
 namespace ferret::cpu {
 namespace {
 
-// load(i) is a vector of float32, the elements i, i + 1, ..; NaN and infinity count as the largest.
-// beside() is other work, once every four vectors.
-template <class V, class Load, class F>
-FERRET_HD float largest_magnitude(Load load, F beside) {
+// The bits of the largest magnitude so far and in four vectors from element i on, by lanes; load(i) is a vector of float32, the elements
+// i, i + 1, .. NaN and infinity count as the largest.
+template <class V, class Load>
+FERRET_HD typename V::I largest_of_four(Load load, int i, typename V::I so_far) {
+  typename V::I x[4];
+  for (int j = 0; j < 4; ++j) x[j] = V::bit_and(V::as_int(load(i + j * V::lanes)), V::set1(0x7FFFFFFFu));
+  return V::max_unsigned(so_far, V::max_unsigned(V::max_unsigned(x[0], x[1]), V::max_unsigned(x[2], x[3])));
+}
+
+template <class V, class Load>
+FERRET_HD float largest_magnitude(Load load) {
   typename V::I largest = V::set1(0u);
-  for (int i = 0; i < kTile; i += 4 * V::lanes) {
-    typename V::I x[4];
-    for (int j = 0; j < 4; ++j) x[j] = V::bit_and(V::as_int(load(i + j * V::lanes)), V::set1(0x7FFFFFFFu));
-    largest = V::max_unsigned(largest, V::max_unsigned(V::max_unsigned(x[0], x[1]), V::max_unsigned(x[2], x[3])));
-    beside();
-  }
+  for (int i = 0; i < kTile; i += 4 * V::lanes) largest = largest_of_four<V>(load, i, largest);
   return bits_to_float(V::reduce_max(largest));
 }
 

@@ -103,7 +103,7 @@ FERRET_HD Call<Halves<V>> calls_of(const PhiloxKeys& keys, Basis basis, uint64_t
 
 // f(constant 0), f(constant 1), ..
 template <class F, int... n>
-FERRET_HD void unroll(std::integer_sequence<int, n...>, F f) {
+FERRET_HD void unroll(std::integer_sequence<int, n...>, [[maybe_unused]] F f) {
   (f(std::integral_constant<int, n>()), ...);
 }
 template <int n>
@@ -114,7 +114,7 @@ struct Nothing {
 };
 
 // w[i] = the words of a call and a column, for two pairs of them side by side: a chain of multiplications waits for each of its rounds,
-// so one alone would leave multipliers idle. Lanes are calls or columns or both. beside(0), .., beside(7) is other work in between, which
+// so one alone would leave multipliers idle. Lanes are calls or columns or both. beside(0), .., beside(7), of constants, is other work in between, which
 // fills what two leave.
 template <class V, class CallWords, class ColumnWords, class F = Nothing>
 FERRET_HD void philox_pair(const PhiloxKeys& keys, const Call<CallWords>& call0, const Column<ColumnWords>& column0,
@@ -141,7 +141,7 @@ FERRET_HD void philox_pair(const PhiloxKeys& keys, const Call<CallWords>& call0,
     }
     beside(round);
   });
-  beside(7);
+  beside(std::integral_constant<int, 7>());
   for (int i = 0; i < 2; ++i) {
     for (int word = 0; word < 4; ++word) w[i][word] = x[i][word].join();
   }
