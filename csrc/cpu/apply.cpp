@@ -84,7 +84,7 @@ BlockUpdates<Real> prepare(const ApplyJob& job, int64_t b) {
 inline Prefetch parameters(const ApplyJob& job, const BlockPieces& pieces, Range range) {
   const Piece* piece = pieces.find(range.begin);
   const uint64_t first = std::max(range.begin, static_cast<uint64_t>(piece->offset));
-  const uint64_t last = std::min(range.end, static_cast<uint64_t>(piece->offset + piece->length));
+  const uint64_t last = std::min(range.end, end_of(*piece));
   if (first >= last) return {};
   const auto size = static_cast<int>(size_of(job.params[piece->tensor].dtype));
   return {element_of(job.params, *piece, first), static_cast<int>(last - first) * size / 64, kSpan * size / 4 * 3};
@@ -95,7 +95,7 @@ template <class Real>
 Real* as_they_lie(const ApplyJob& job, const BlockPieces& pieces, Range span) {
   const Piece* piece = pieces.find(span.begin);
   if (piece == pieces.end || job.params[piece->tensor].dtype != dtype_of(Real())) return nullptr;
-  const auto first = static_cast<uint64_t>(piece->offset), last = static_cast<uint64_t>(piece->offset + piece->length);
+  const auto first = static_cast<uint64_t>(piece->offset), last = end_of(*piece);
   return first <= span.begin && span.end <= last ? reinterpret_cast<Real*>(element_of(job.params, *piece, span.begin))
                                                  : nullptr;
 }

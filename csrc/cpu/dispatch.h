@@ -56,19 +56,18 @@ void for_each_task(const Threads& threads, int64_t tasks, F f) {
   if (error) std::rethrow_exception(error);
 }
 
+inline uint64_t end_of(const Piece& piece) { return static_cast<uint64_t>(piece.offset + piece.length); }
+
 // The pieces of one block, and the stream elements they span.
 struct BlockPieces {
   const Piece* begin;
   const Piece* end;
 
   bool empty() const { return begin == end; }
-  Range elements() const {
-    return {static_cast<uint64_t>(begin->offset), static_cast<uint64_t>((end - 1)->offset + (end - 1)->length)};
-  }
+  Range elements() const { return {static_cast<uint64_t>(begin->offset), end_of(end[-1])}; }
   // The first piece that ends behind `element`.
   const Piece* find(uint64_t element) const {
-    return std::partition_point(begin, end,
-                                [=](const Piece& p) { return static_cast<uint64_t>(p.offset + p.length) <= element; });
+    return std::partition_point(begin, end, [=](const Piece& p) { return end_of(p) <= element; });
   }
 };
 
@@ -79,7 +78,7 @@ template <class F>
 void for_each_overlap(const BlockPieces& pieces, Range range, F f) {
   for (const Piece* p = pieces.find(range.begin); p != pieces.end; ++p) {
     const uint64_t first = std::max(range.begin, static_cast<uint64_t>(p->offset));
-    const uint64_t last = std::min(range.end, static_cast<uint64_t>(p->offset + p->length));
+    const uint64_t last = std::min(range.end, end_of(*p));
     if (first >= range.end) break;
     f(*p, first, last);
   }

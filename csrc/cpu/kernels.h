@@ -61,16 +61,17 @@ class LinesAhead {
   int64_t further_;
 };
 
-// A run of tiles of the working precision against the columns [first, first + count): the elements of `dtype` at `now`, or those at
+// Runs of tiles of the working precision against the columns [first, first + count): the elements of `dtype` at `now`, or those at
 // `before` less those. Zero outside the block.
 template <class Real>
 struct RunProduct {
-  const void* now;     // [kRunElements]
+  const void* now;     // [runs][kRunElements]
   const void* before;  // or null
+  int runs;            // of which all but the first are whole
   Dtype dtype;
-  Prefetch ahead[2];  // what the next run reads in place of these
+  Prefetch ahead[2];  // what the second run reads in place of these
   uint64_t tile;      // stream index / kTile of the first, a multiple of kRun
-  int begin, end;     // the part of the run that may be nonzero
+  int begin, end;     // the part of the first run that may be nonzero
   Stream stream;
   uint32_t first;
   int count;     // <= kColumnBatch
@@ -101,7 +102,7 @@ template <class Real>
 struct RealKernels {
   void (*widen)(const void* from, Dtype dtype, int64_t n, Real* to);
   void (*subtract)(const void* from, Dtype dtype, int64_t n, Real* inout);  // inout = from - inout
-  void (*project_run)(const RunProduct<Real>&);
+  int (*project_runs)(const RunProduct<Real>&);  // returns how many of them it has done, at least one
   void (*sum_columns)(const SpanSum<Real>&);
   void (*accumulate)(const Real* sums, int64_t n, Real weight, bool first,
                      Real* total);                                          // total = fma(sums, weight, total or 0)

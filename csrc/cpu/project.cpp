@@ -16,9 +16,11 @@ struct BlockProduct {
   BlockPieces pieces;
   Range elements;
 
-  // The elements of the run that begins at `origin`, as far as they lie in `range`: where they lie, if one piece has them all, else in
-  // `buffer`, in the working precision.
+  // The elements of the run that begins at `origin`, as far as they lie in `range`: where they lie, with the runs behind them, if one piece
+  // has them all, else in `buffer`, in the working precision.
   void find(uint64_t origin, Range range, Real* buffer, RunProduct<Real>& run) const {
+    const uint64_t end = range.end;
+    range = {std::max(origin, range.begin), std::min(origin + kRunElements, end)};
     Range covered = {range.end, range.begin};
     for_each_overlap(pieces, range, [&](const Piece& piece, uint64_t first, uint64_t last) {
       const auto n = static_cast<int64_t>(last - first);
@@ -29,6 +31,7 @@ struct BlockProduct {
       if (n == kRunElements && dtype == dtype_before) {
         const auto bytes = static_cast<int>(kRunElements * size_of(dtype));
         run.now = now, run.before = before, run.dtype = dtype;
+        run.runs = static_cast<int>((std::min(end_of(piece), end) - origin) / kRunElements);
         const int further = bytes / 4 * 5;  // more than a run, by which these are ahead already
         run.ahead[0] = {now + bytes, bytes / 64, further};
         if (before != nullptr) run.ahead[1] = {before + bytes, bytes / 64, further};
@@ -45,14 +48,13 @@ struct BlockProduct {
     run.end = static_cast<int>(covered.end - origin);
   }
 
-  // The tiles of a run that lie in `tiles`.
-  void add_run(uint64_t run, Range tiles, uint32_t first, int count, double* sums) const {
+  // The tiles of a run, and of runs behind it, that lie in `tiles`. Returns the number of runs.
+  int add_runs(uint64_t run, Range tiles, uint32_t first, int count, double* sums) const {
     alignas(64) Real buffer[kRunElements];
     const uint64_t tile = run * kRun;
-    const Range range = {std::max(tile, tiles.begin) * kTile, std::min(tile + kRun, tiles.end) * kTile};
-    RunProduct<Real> product = {nullptr, nullptr, {}, {}, tile, 0, 0, job.stream, first, count, sums};
-    find(tile * kTile, range, buffer, product);
-    if (product.now != nullptr) kernels.project_run(product);
+    RunProduct<Real> product = {nullptr, nullptr, 1, {}, {}, tile, 0, 0, job.stream, first, count, sums};
+    find(tile * kTile, {tiles.begin * kTile, tiles.end * kTile}, buffer, product);
+    return product.now == nullptr ? 1 : kernels.project_runs(product);
   }
 
   // sums[0, count) = the node's value for the columns first, first + 1, ..
@@ -61,8 +63,8 @@ struct BlockProduct {
     const Range all = nodes_of(elements, level - 1);
     const Range children = {std::max(all.begin, node * kFoldRadix), std::min(all.end, (node + 1) * kFoldRadix)};
     if (level == 1) {
-      for (uint64_t run = children.begin / kRun; run * kRun < children.end; ++run) {
-        add_run(run, children, first, count, sums);
+      for (uint64_t run = children.begin / kRun; run * kRun < children.end;) {
+        run += static_cast<uint64_t>(add_runs(run, children, first, count, sums));
       }
       return;
     }

@@ -17,7 +17,7 @@ int64_t tile_sum(const int32_t* q, uint64_t tile, int begin, int end, Stream str
 }
 
 template <class Real>
-void project_run(const RunProduct<Real>& p) {
+int project_runs(const RunProduct<Real>& p) {
   for (int i = 0; i < kRun; ++i) {
     Real buffer[kTile];
     TileIntegers<Real> tile;
@@ -35,6 +35,7 @@ void project_run(const RunProduct<Real>& p) {
       add_tile_values<Real>(values, 1, tile.unit, p.sums + c);
     }
   }
+  return 1;
 }
 
 // H of one element, steps 3 and 4 of reconstruct: `integers` holds b(j, k) of this element for a group's columns.
@@ -116,7 +117,7 @@ void rounding_of_span(uint64_t seed, uint64_t span, uint16_t* random) {
 
 template <class Real>
 constexpr RealKernels<Real> kernels() {
-  return {widen<Real>,      subtract<Real>,         project_run<Real>,        sum_columns<Real>,
+  return {widen<Real>,      subtract<Real>,         project_runs<Real>,       sum_columns<Real>,
           accumulate<Real>, to_element_order<Real>, scale_add_in_order<Real>, scale_add<Real>};
 }
 

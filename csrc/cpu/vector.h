@@ -63,7 +63,7 @@ template <class V, class Real>
 constexpr RealKernels<Real> real_kernels() {
   return {widen<Real>,
           subtract<Real>,
-          project_run<V, Real>,
+          project_runs<V, Real>,
           sum_columns<V, Real>,
           accumulate<Real>,
           to_element_order<V, Real>,

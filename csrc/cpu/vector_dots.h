@@ -18,7 +18,7 @@ struct alignas(64) RunDigits {
 
 using RunBits = uint32_t[4][kRun * 4];  // [word][call of the run]
 
-// A run of T in memory as float32; `difference`: before - now.
+// Runs of T in memory as float32; `difference`: before - now. Elements are counted from the run at work.
 template <class V, class T, bool difference>
 struct RunSource {
   static constexpr bool by_halves = !difference && sizeof(T) == 2;  // magnitudes are compared as they lie
@@ -28,6 +28,10 @@ struct RunSource {
 
   FERRET_HD explicit RunSource(const RunProduct<float>& p)
       : now(static_cast<const T*>(p.now)), before(static_cast<const T*>(p.before)) {}
+  FERRET_HD void advance() {
+    now += kRunElements;
+    if constexpr (difference) before += kRunElements;
+  }
   FERRET_HD typename V::F load(int i) const {
     const auto x = V::load_floats(now + i);
     if constexpr (difference) return V::sub(V::load_floats(before + i), x);
@@ -172,43 +176,48 @@ FERRET_HD bool take_scales(const float (&largest)[kRun], float (&scale)[kRun], d
 
 inline constexpr int kDotBatch = 16;  // columns whose bits are made together
 
-// False, and nothing done, where a tile needs the general way to integers.
+// The runs before the first that has a tile which needs the general way to integers; returns how many.
 template <class V, class T, bool difference>
-bool project_run_by_dots(const RunProduct<float>& p) {
-  const RunSource<V, T, difference> x(p);
-  float largest[kRun], scale[kRun];
-  double unit[kRun];
-  LinesAhead ahead(p.ahead);
-  const uint64_t t = p.tile * 4;
+int project_runs_by_dots(const RunProduct<float>& p) {
   const PhiloxKeys keys(p.stream.seed);
-  const auto calls = calls_of<V>(keys, p.stream.basis, t);
   alignas(64) RunBits bits[kDotBatch];
   RunDigits digits;
-  for (int batch = 0; batch < p.count; batch += kDotBatch) {
-    const int count = p.count - batch < kDotBatch ? p.count - batch : kDotBatch;
-    make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, batch == 0, x, largest, ahead, bits);
-    if (batch == 0 && !take_scales(largest, scale, unit)) return false;
-    for (int i = 0; i < count; i += 4) {
-      const int rest = count - i;
-      const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)
-                                                 : dot_columns<V, 2>(bits + i, digits, ahead)
-                        : rest > 4    ? dot_first_columns<V, 4, true>(bits, x, scale, digits, ahead)
-                        : rest > 2    ? dot_first_columns<V, 4, false>(bits, x, scale, digits, ahead)
-                                      : dot_first_columns<V, 2, false>(bits, x, scale, digits, ahead);
-      V::add_quarters(sums, unit, p.sums + batch + i, rest);
+  RunSource<V, T, difference> x(p);
+  Prefetch lines[2] = {p.ahead[0], p.ahead[1]};
+  for (int run = 0; run < p.runs; ++run) {
+    const uint64_t t = (p.tile + static_cast<uint64_t>(run) * kRun) * 4;
+    const auto calls = calls_of<V>(keys, p.stream.basis, t);
+    LinesAhead ahead(lines);
+    float largest[kRun], scale[kRun];
+    double unit[kRun];
+    for (int batch = 0; batch < p.count; batch += kDotBatch) {
+      const int count = p.count - batch < kDotBatch ? p.count - batch : kDotBatch;
+      make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, batch == 0, x, largest, ahead, bits);
+      if (batch == 0 && !take_scales(largest, scale, unit)) return run;
+      for (int i = 0; i < count; i += 4) {
+        const int rest = count - i;
+        const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)
+                                                   : dot_columns<V, 2>(bits + i, digits, ahead)
+                          : rest > 4    ? dot_first_columns<V, 4, true>(bits, x, scale, digits, ahead)
+                          : rest > 2    ? dot_first_columns<V, 4, false>(bits, x, scale, digits, ahead)
+                                        : dot_first_columns<V, 2, false>(bits, x, scale, digits, ahead);
+        V::add_quarters(sums, unit, p.sums + batch + i, rest);
+      }
     }
+    x.advance();
+    for (auto& range : lines) range.from += 64 * range.lines;
   }
-  return true;
+  return p.runs;
 }
 
 template <class V>
-bool project_run_by_dots(const RunProduct<float>& p) {
+int project_runs_by_dots(const RunProduct<float>& p) {
   const auto go = [&](auto difference) {
     switch (p.dtype) {
-      case Dtype::float32: return project_run_by_dots<V, float, difference>(p);
-      case Dtype::bfloat16: return project_run_by_dots<V, bfloat16_t, difference>(p);
-      case Dtype::float16: return project_run_by_dots<V, float16_t, difference>(p);
-      default: return false;
+      case Dtype::float32: return project_runs_by_dots<V, float, difference>(p);
+      case Dtype::bfloat16: return project_runs_by_dots<V, bfloat16_t, difference>(p);
+      case Dtype::float16: return project_runs_by_dots<V, float16_t, difference>(p);
+      default: return 0;
     }
   };
   return p.before == nullptr ? go(std::false_type()) : go(std::true_type());

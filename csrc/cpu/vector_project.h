@@ -263,9 +263,11 @@ FERRET_HD TileState to_integers_of(const double* x, TileIntegers<double>& tile) 
 }
 
 template <class V, class Real>
-void project_run(const RunProduct<Real>& p) {
+int project_runs(const RunProduct<Real>& p) {
   if constexpr (V::dot_columns > 0 && std::is_same_v<Real, float>) {
-    if (p.stream.basis == Basis::rademacher && p.count <= V::dot_columns && project_run_by_dots<V>(p)) return;
+    if (p.stream.basis == Basis::rademacher && p.count <= V::dot_columns) {
+      if (const int done = project_runs_by_dots<V>(p); done > 0) return done;
+    }
   }
   constexpr int limbs = Working<Real>::limbs;
   TileIntegers<Real> tiles[kRun];
@@ -294,7 +296,7 @@ void project_run(const RunProduct<Real>& p) {
         rademacher_run_sums<V>(q, total, p.tile, p.stream, p.first, p.count, LinesAhead(p.ahead), values[limb]);
       }
       for (int i = 0; i < kRun; ++i) add(i, [&](int limb) { return values[limb][i]; });
-      return;
+      return 1;
     }
   }
   const auto tile_sums = p.stream.basis == Basis::rademacher ? rademacher_tile_sums<V>
@@ -310,6 +312,7 @@ void project_run(const RunProduct<Real>& p) {
       return values[limb];
     });
   }
+  return 1;
 }
 
 }  // namespace

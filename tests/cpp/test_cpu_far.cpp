@@ -41,27 +41,30 @@ static void test_end_of_stream(Basis basis, int64_t columns, const std::string& 
 
 // Against the scalar path.
 template <class Real>
-static void test_last_columns(Basis basis, const std::string& isa) {
-  constexpr int count = 100;
+static void test_last_columns(Basis basis, int count, const std::string& isa) {
   cases::Case c = cases::single(dtype_of(Real()), 0, cpu::kRunElements, cpu::kRunElements, 1);
   c.fill(3);
   const void* x = c.refs()[0].data;
-  double sums[2][count + cpu::kPad] = {};
+  double sums[2][cpu::kColumnBatch + cpu::kPad] = {};
   for (int i = 0; i < 2; ++i) {
     cpu::set_isa(i == 0 ? "scalar" : isa);
-    const cpu::RunProduct<Real> run = {
-        x, nullptr, dtype_of(Real()), {}, 0, 0, cpu::kRunElements, {7, basis}, UINT32_MAX - count, count, sums[i]};
-    cpu::kernels_of<Real>(cpu::active_kernels()).project_run(run);
+    const uint32_t first = UINT32_MAX - static_cast<uint32_t>(count);
+    const cpu::RunProduct<Real> run = {x,          nullptr, 1,     dtype_of(Real()), {}, 0, 0, cpu::kRunElements,
+                                       {7, basis}, first,   count, sums[i]};
+    check(cpu::kernels_of<Real>(cpu::active_kernels()).project_runs(run) == 1, "one run is done");
   }
-  check(sums[0][0] != 0 && std::equal(sums[0], sums[0] + count, sums[1]),
-        "the last columns: " + isa + ", kind " + std::to_string(static_cast<int>(basis)));
+  check(
+      sums[0][0] != 0 && std::equal(sums[0], sums[0] + count, sums[1]),
+      "the last columns, " + std::to_string(count) + ": " + isa + ", kind " + std::to_string(static_cast<int>(basis)));
 }
 
 int main() {
   for (const std::string& isa : cpu::available_isas()) {
     for (const Basis basis : {Basis::rademacher, Basis::uniform, Basis::gaussian}) {
-      test_last_columns<float>(basis, isa);
-      test_last_columns<double>(basis, isa);
+      for (const int count : {40, 100}) {
+        test_last_columns<float>(basis, count, isa);
+        test_last_columns<double>(basis, count, isa);
+      }
       cpu::set_isa(isa);
       for (const int64_t columns : {3, 70}) {
         test_end_of_stream<float>(basis, columns, isa);

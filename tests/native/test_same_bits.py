@@ -208,3 +208,21 @@ def test_tiles_of_every_kind(isa: str, kind: str, dtype: torch.dtype, K: int) ->
     ferret_ext.set_cpu_isa("scalar")
     for result, expected in zip(got, results(), strict=True):
         assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("K", [1, 4, 8, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_other_kinds_among_ordinary_ones(isa: str, dtype: torch.dtype, K: int) -> None:
+    """Tiles that need another way lie between long stretches that do not, in each place of four."""
+    x = normal(150 * TILE + 100).double()
+    for i, change in enumerate(TILES.values()):
+        tile = slice((29 * i + 3) * TILE, (29 * i + 4) * TILE)
+        x[tile] = change(x[tile], dtype)
+    x = x.to(dtype)
+    spoilt = x.clone()
+    spoilt[140 * TILE] = torch.inf
+    with pytest.raises(ValueError, match="must be finite"):
+        ferret_ext.project(spoilt, SEED, K)
+    got = ferret_ext.project(x, SEED, K)
+    ferret_ext.set_cpu_isa("scalar")
+    assert_same_bits(got, ferret_ext.project(x, SEED, K))
