@@ -67,7 +67,7 @@ template <class Real>
 struct RunProduct {
   const void* now;     // [runs][kRunElements]
   const void* before;  // or null
-  int runs;            // of which all but the first are whole
+  int runs;            // of one node of the tree; all but the first are whole
   Dtype dtype;
   Prefetch ahead[2];  // what the second run reads in place of these
   uint64_t tile;      // stream index / kTile of the first, a multiple of kRun

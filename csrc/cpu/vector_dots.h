@@ -54,15 +54,14 @@ struct RunSource {
   }
 };
 
-// bits[0] and bits[1] = those of the columns k and k + 1; largest[i] = the largest magnitude of tile i, for `tiles` of them from `tile` on.
+// bits[0] and bits[1] = those of columns[0] and columns[1]; largest[i] = the largest magnitude of tile i, for `tiles` of them from `tile` on.
 // Philox is a chain of multiplications that leaves loads and half of the arithmetic idle, which is what a search takes.
 template <class V, int tiles, class Source>
-FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t k, const Source x,
-                         int tile, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
-  const Column<One> column0 = {keys, t, One{k}}, column1 = {keys, t, One{k + 1}};
+FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns,
+                         const Source x, int tile, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
   typename V::I w[2][4], so_far;
   LinesAhead lines(ahead);  // which the compiler knows to be its own
-  philox_pair<V>(keys, calls, column0, calls, column1, w, [&](auto round) FERRET_INLINE {
+  philox_pair<V>(keys, calls, columns[0], calls, columns[1], w, [&](auto round) FERRET_INLINE {
     unroll(Count<tiles>(), [&](auto i) FERRET_INLINE {
       constexpr int step = round * tiles + i, n = step % 8;
       if (n == 0) so_far = V::set1(0u);
@@ -76,15 +75,15 @@ FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, u
   for (int word = 0; word < 8; ++word) V::store(bits[word / 4][word % 4], w[word / 4][word % 4]);
 }
 
-// bits[i] = those of the column first + i; an even number of columns is made. With `seek` the largest magnitudes of all tiles are found
+// bits[i] = those of columns[i]; an even number of columns is made. With `seek` the largest magnitudes of all tiles are found
 // beside the first pairs, as few tiles a pair as there are pairs for.
 template <class V, class Source>
-FERRET_HD void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, uint64_t t, uint32_t first, int count,
+FERRET_HD void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, int count,
                          bool seek, const Source x, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
   int tile = seek ? 0 : kRun;
   for (int i = 0; i < count; i += 2) {
     const auto make = [&](auto tiles) FERRET_INLINE {
-      make_pair<V, tiles>(keys, calls, t, first + static_cast<uint32_t>(i), x, tile, largest, ahead, bits + i);
+      make_pair<V, tiles>(keys, calls, columns + i, x, tile, largest, ahead, bits + i);
       tile += tiles;
     };
     if (tile == kRun) {
@@ -180,6 +179,9 @@ inline constexpr int kDotBatch = 16;  // columns whose bits are made together
 template <class V, class T, bool difference>
 int project_runs_by_dots(const RunProduct<float>& p) {
   const PhiloxKeys keys(p.stream.seed);
+  Column<One> columns[V::dot_columns];  // for all runs, as those of one node have the high half of t in common
+  for (int i = 0; i < (p.count + 1) / 2 * 2; ++i)
+    columns[i] = {keys, p.tile * 4, One{p.first + static_cast<uint32_t>(i)}};
   alignas(64) RunBits bits[kDotBatch];
   RunDigits digits;
   RunSource<V, T, difference> x(p);
@@ -192,7 +194,7 @@ int project_runs_by_dots(const RunProduct<float>& p) {
     double unit[kRun];
     for (int batch = 0; batch < p.count; batch += kDotBatch) {
       const int count = p.count - batch < kDotBatch ? p.count - batch : kDotBatch;
-      make_bits<V>(keys, calls, t, p.first + static_cast<uint32_t>(batch), count, batch == 0, x, largest, ahead, bits);
+      make_bits<V>(keys, calls, columns + batch, count, batch == 0, x, largest, ahead, bits);
       if (batch == 0 && !take_scales(largest, scale, unit)) return run;
       for (int i = 0; i < count; i += 4) {
         const int rest = count - i;
