@@ -76,7 +76,8 @@ FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, c
 }
 
 // bits[i] = those of columns[i]; an even number of columns is made. With `seek` the largest magnitudes of all tiles are found
-// beside the first pairs, as few tiles a pair as there are pairs for.
+// beside the first pairs, as few tiles a pair as there are pairs for. The next run is asked for there and with the first products, 32 times
+// each.
 template <class V, class Source>
 FERRET_HD void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns, int count,
                          bool seek, const Source x, float (&largest)[kRun], LinesAhead& ahead, RunBits* bits) {
@@ -100,15 +101,20 @@ FERRET_HD void make_bits(const PhiloxKeys& keys, const Call<Halves<V>>& calls, c
 
 // The sums of q with the signs of up to 4 columns (lane) by tile (quarter), modulo 2^32; digits(word, n, to) are the next ones.
 template <class V, int columns, class Digits>
-FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits, LinesAhead& ahead) {
+FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits) {
   using I = typename V::I;
-  I sums[columns][3];
-  for (auto& column : sums) {
-    for (auto& sum : column) sum = V::set1(0u);
+  I sums[columns][3], set[columns];
+  for (int c = 0; c < columns; ++c) {
+    set[c] = V::set1(0u);
+    for (auto& sum : sums[c]) sum = V::set1(0u);
   }
   for (int word = 0; word < 4; ++word) {
     I transposed[columns];
-    for (int c = 0; c < columns; ++c) transposed[c] = V::transpose_pieces(V::load(bits[c][word]));
+    for (int c = 0; c < columns; ++c) {
+      const I x = V::load(bits[c][word]);
+      transposed[c] = V::transpose_pieces(x);
+      set[c] = V::add(set[c], V::count_bits(x));
+    }
     unroll(Count<8>(), [&](auto n) FERRET_INLINE {
       I digit[3];
       digits(word, n, digit);
@@ -116,29 +122,23 @@ FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits, LinesAhe
         const I signs = V::template signs_of_piece<n>(transposed[c]);
         for (int m = 0; m < 3; ++m) sums[c][m] = V::dot(sums[c][m], digit[m], signs);
       }
-      ahead();
     });
   }
   I joined[4];
   for (int i = 0; i < 4; ++i) {
     const int c = i < columns ? i : 0;
-    I set = V::set1(0u);
-    for (int word = 0; word < 4; ++word) set = V::add(set, V::count_bits(V::load(bits[c][word])));
     joined[i] = V::add(V::add(sums[c][0], V::template shift_left<8>(sums[c][1])),
-                       V::add(V::template shift_left<16>(sums[c][2]), V::template shift_left<23>(set)));
+                       V::add(V::template shift_left<16>(sums[c][2]), V::template shift_left<23>(set[c])));
   }
   return V::add(V::add_within_quarters(joined), V::set1(0x80000000u));  // less 2^22 * 512
 }
 
 // As above, of digits that are there.
 template <class V, int columns>
-typename V::I dot_columns(const RunBits* bits, const RunDigits& digits, LinesAhead& ahead) {
-  return dot_columns<V, columns>(
-      bits,
-      [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
-        for (int m = 0; m < 3; ++m) digit[m] = V::load(digits.digit[word][n][m]);
-      },
-      ahead);
+typename V::I dot_columns(const RunBits* bits, const RunDigits& digits) {
+  return dot_columns<V, columns>(bits, [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
+    for (int m = 0; m < 3; ++m) digit[m] = V::load(digits.digit[word][n][m]);
+  });
 }
 
 // As above, of the digits of the run's tiles under their scales, which are left in `digits` for further columns.
@@ -147,20 +147,18 @@ FERRET_HD typename V::I dot_first_columns(const RunBits* bits, const Source x, c
                                           RunDigits& digits, LinesAhead& ahead) {
   typename V::F scale[kRun];  // neither this nor x lies in memory that the compiler thinks the digits may overwrite
   for (int i = 0; i < kRun; ++i) scale[i] = V::set1(scales[i]);
-  return dot_columns<V, columns>(
-      bits,
-      [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
-        typename V::I q[kRun];
-        for (int i = 0; i < kRun; ++i) {
-          // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves q + 2^22 in the
-          // low 23 bits.
-          q[i] = V::as_int(
-              V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
-        }
-        V::take_digits(q, digit);
-        for (int m = 0; further && m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);
-      },
-      ahead);
+  return dot_columns<V, columns>(bits, [&](int word, auto n, typename V::I(&digit)[3]) FERRET_INLINE {
+    typename V::I q[kRun];
+    for (int i = 0; i < kRun; ++i) {
+      // The fused addition rounds x * scale to an integer, since floats from 2^23 to 2^24 are integers, and leaves q + 2^22 in the
+      // low 23 bits.
+      q[i] =
+          V::as_int(V::fused(x.load(i * kTile + 32 * word + n / 2 * 128 + n % 2 * 16), scale[i], V::set1(0x1.8p23f)));
+    }
+    V::take_digits(q, digit);
+    for (int m = 0; further && m < 3; ++m) V::store(digits.digit[word][n][m], digit[m]);
+    ahead();
+  });
 }
 
 // False where a tile needs the general way to integers.
@@ -200,11 +198,11 @@ int project_runs_by_dots(const RunProduct<float>& p) {
       if (batch == 0 && !take_scales(largest, scale, unit)) return run;
       for (int i = 0; i < count; i += 4) {
         const int rest = count - i;
-        const auto sums = batch + i > 0 ? rest > 2 ? dot_columns<V, 4>(bits + i, digits, ahead)
-                                                   : dot_columns<V, 2>(bits + i, digits, ahead)
-                          : rest > 4    ? dot_first_columns<V, 4, true>(bits, x, scale, digits, ahead)
-                          : rest > 2    ? dot_first_columns<V, 4, false>(bits, x, scale, digits, ahead)
-                                        : dot_first_columns<V, 2, false>(bits, x, scale, digits, ahead);
+        const auto sums = batch + i > 0
+                              ? rest > 2 ? dot_columns<V, 4>(bits + i, digits) : dot_columns<V, 2>(bits + i, digits)
+                          : rest > 4 ? dot_first_columns<V, 4, true>(bits, x, scale, digits, ahead)
+                          : rest > 2 ? dot_first_columns<V, 4, false>(bits, x, scale, digits, ahead)
+                                     : dot_first_columns<V, 2, false>(bits, x, scale, digits, ahead);
         V::add_quarters(sums, unit, p.sums + batch + i, rest);
       }
     }
