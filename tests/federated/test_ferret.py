@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from federation import (
-    Federation,
-    assert_only_the_first_is_refused,
-    deliver,
-    federate,
-    flat,
-    locally_trained,
-    toy,
-    train,
-)
+from federation import Federation, assert_only_the_first_is_refused, flat, locally_trained, toy, train
+from ferret_federation import SEEDS, STEP, basis_matrix, changed, federation
 from torch import Tensor, nn
 
 import ferret_ext
-from ferret_ext.federated import coordinates, wire
-from ferret_ext.federated.algorithms.ferret import Ferret, SharedFerret, block_norms
-from ferret_ext.federated.config import FerretConfig, RobustConfig, build
+from ferret_ext.federated import wire
+from ferret_ext.federated.algorithms.ferret import Ferret, block_norms
+from ferret_ext.federated.config import FerretConfig, build
 from ferret_ext.federated.errors import QuorumError
 from ferret_ext.federated.server import Server
 from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.wire import WireError
 
-STEP = 0.4
-SEEDS = ("per-client", "shared-round")
-PUBLISHED: dict[str, Any] = {"K": 40, "coordinates": "float32", "allocation": "size", "server_warmup": 0}
 VARIANCE = {"rademacher": 1.0, "uniform": 21845 / 65536, "gaussian": 1.0}  # rho d
-
-
-def federation(model: nn.Module | None = None, *, verify_weights: bool = True, **settings: Any) -> Federation:
-    config = FerretConfig(**{**PUBLISHED, **settings})
-    shared = config.seeds == "shared-round"
-    algorithm = SharedFerret(config, STEP, train, seed=9) if shared else Ferret(config, STEP, train)
-    return federate(algorithm, model, verify_weights=verify_weights)
-
-
-def basis_matrix(block: ferret_ext.Block, seed: int, basis: Any) -> Tensor:
-    """V_l, float64 [d_l, K_l]."""
-
-    def column(k: int) -> Tensor:
-        return ferret_ext.basis(
-            seed, k, (block.numel,), basis=basis, offset=block.offset, dtype=torch.float64
-        )
-
-    return torch.stack([column(k) for k in range(block.k)], dim=1)
 
 
 def federate_by_the_book(fed: Federation, messages: list[bytes], basis: str) -> Tensor:
@@ -234,13 +203,6 @@ def test_allocation_by_norm_follows_the_last_round(seeds: str) -> None:
     assert [block.offset for block in plan.blocks] == [block.offset for block in by_size.blocks]
 
 
-def changed(message: bytes, **fields: Any) -> bytes:
-    """The message with other fields, or other values."""
-    decoded = wire.decode(message)
-    values = {**decoded.values, **{name: fields.pop(name) for name in decoded.values if name in fields}}
-    return wire.encode(dataclasses.replace(decoded, values=values, **fields))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -314,186 +276,6 @@ def test_more_coordinates_than_parameters_are_allowed_and_said() -> None:
     assert federation(K=93).algorithm.notes(federation(K=93).client) == []
 
 
-# ---- one basis for all clients of a round ----
-
-
-def shared(**settings: Any) -> Federation:
-    return federation(seeds="shared-round", **settings)
-
-
-def test_a_rounds_clients_share_the_seed_that_was_announced() -> None:
-    """And no two rounds do."""
-    fed = shared()
-    rounds = [[wire.decode(message).value("seed", int) for message in fed.round()] for _ in range(4)]
-    announced = [wire.decode(broadcast).value("next_seed", int) for broadcast in fed.server.broadcasts]
-    assert rounds == [[seed] * 3 for seed in announced[:4]]
-    assert len(set(announced)) == 5
-
-
-@pytest.mark.parametrize("off", ["another", "the last round's"])
-def test_an_update_on_another_basis_is_refused(off: str) -> None:
-    fed = shared()
-    last = fed.server.replica.next_seed
-    fed.round()
-    sent = [reply.payload for reply in fed.replies()]
-    seed = wire.decode(sent[0]).value("seed", int)
-    bad = changed(sent[0], seed=seed + 1 if off == "another" else last)
-    assert_only_the_first_is_refused(
-        fed.server, [bad, *sent[1:]], f"client 0's update must have seed {seed}, got"
-    )
-
-
-def test_a_shared_broadcast_is_as_long_as_one_update_whatever_the_number_of_clients() -> None:
-    lengths = {}
-    for seeds in SEEDS:
-        for count in (2, 6):
-            fed = federation(K=400, seeds=seeds)
-            update = fed.round([1.0] * count)[0]
-            lengths[seeds, count] = len(fed.server.broadcasts[1]) / len(update)
-    assert lengths["shared-round", 2] == lengths["shared-round", 6] == pytest.approx(1, abs=0.02)
-    assert lengths["per-client", 6] == pytest.approx(6, abs=0.2)
-
-
-def test_a_shared_round_weighs_clients() -> None:
-    """The coordinates that are relayed are the weighted mean of those that were sent."""
-    fed = shared()
-    weights = [1.0, 2.0, 5.0]
-    sent = [wire.decode(message).values["gammas"] for message in fed.round(weights)]
-    relayed = wire.decode(fed.server.broadcasts[1]).values["gammas"]
-    np.testing.assert_allclose(relayed, np.average(sent, axis=0, weights=weights), rtol=1e-6)
-
-
-@pytest.mark.parametrize(("rule", "middle"), [("median", np.median), ("trimmed-mean", np.median)])
-def test_a_shared_round_takes_the_middle_of_each_coordinate(rule: Any, middle: Any) -> None:
-    """Of three clients the trimmed mean keeps one."""
-    fed = shared()
-    server = Server(fed.algorithm, toy(), range(3), 1.0, 0, robust=RobustConfig(rule=rule, trim=0.34))
-    sent = [reply.payload for reply in fed.replies()]
-    assert not deliver(server, sent)
-    gammas = [wire.decode(message).values["gammas"] for message in sent]
-    relayed = wire.decode(server.broadcasts[1]).values["gammas"]
-    np.testing.assert_allclose(relayed, middle(gammas, axis=0), rtol=1e-6)
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize("restored", [True, False])
-def test_a_server_that_is_resumed_goes_on_alike(seeds: str, restored: bool) -> None:
-    """From the replica's state and weights, or by the broadcasts; the next plan and seed come along."""
-    fed = federation(allocation="norm", seeds=seeds)
-    for _ in range(3):
-        fed.round()
-    old, new = fed.server, Server(fed.algorithm, toy(), range(3), 1.0, 0)
-    if restored:
-        state = wire.decode(wire.encode(wire.Message("x", "record", bytes(8), 3, values=old.replica.state())))
-        weights = [param.detach().clone() for param in old.replica.params]
-        for broadcast in old.broadcasts_since(1):
-            new.recall(broadcast)
-        new.restore(weights, state, old.replica.weights)
-    else:
-        for broadcast in old.broadcasts[1:]:
-            new.replay(broadcast)
-    messages = [reply.payload for reply in fed.replies()]
-    assert not deliver(old, messages)
-    assert not deliver(new, messages)
-    assert old.broadcasts == new.broadcasts
-    assert old.replica.state().keys() == new.replica.state().keys()
-    assert torch.equal(flat(old.replica.params), flat(new.replica.params))
-
-
-@pytest.mark.parametrize(("alike", "factor"), [(True, 8.0), (False, 1.0)])
-def test_noise_averages_out_over_bases_and_not_over_a_shared_one(alike: bool, factor: float) -> None:
-    """Mean square error of the mean of 8 updates: 8 times as much on one basis where they are all the same,
-    as much where they are at right angles."""
-    torch.manual_seed(0)
-    count, plan = 8, ferret_ext.BlockPlan.from_parameters([("p", nn.Parameter(torch.zeros(64)))], 16)
-    deltas = torch.eye(64)[:1].repeat(count, 1) if alike else torch.eye(64)[:count]
-    errors = dict.fromkeys(SEEDS, 0.0)
-    for trial in range(400):
-        for seeds in SEEDS:
-            rebuilt = torch.zeros(64)
-            for client, delta in enumerate(deltas):
-                seed = 1000 * trial + (0 if seeds == "shared-round" else client + 1)
-                gammas = ferret_ext.project_difference(plan, [delta], [torch.zeros(64)], seed)
-                ferret_ext.apply_(plan, [rebuilt], [(seed, gammas, 1 / count)], 1.0)
-            errors[seeds] += (rebuilt - deltas.mean(0)).square().sum().item() / 400
-    assert errors["per-client"] == pytest.approx(63 / 16 / count, rel=0.1)
-    assert errors["shared-round"] / errors["per-client"] == pytest.approx(factor, rel=0.15)
-
-
-def test_seeds_of_the_reference_code_are_its_own() -> None:
-    given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.mode", "reference-code")]
-    with pytest.raises(ConfigError, match=r"ferret.seeds: expected per-client where ferret.mode is"):
-        build([*given, ("ferret.seeds", "shared-round")])
-
-
-@pytest.mark.parametrize("seeds", ["per-client", "shared-round"])
-@pytest.mark.parametrize("kind", ["float16", "int8", "int4", "int2", "int1", "choice4"])
-def test_all_parties_read_coarse_coordinates_alike(kind: Any, seeds: Any) -> None:
-    """w_1 = w_0 - step mean_i V_i gamma_i with the coordinates as they came; a late joiner gets there too."""
-    if kind == "choice4" and seeds == "shared-round":
-        pytest.skip("clients choose columns of their own")
-    fed = federation(coordinates=kind, seeds=seeds, allocation="norm")
-    plan, start = fed.server.replica.plan, flat(toy().parameters())
-    full = coordinates.candidates(plan, kind)
-    sent = [wire.decode(message) for message in fed.round()]
-    fed.catch_up()
-    expected = start
-    for update in sent:
-        gammas = dense(plan, full, coordinates.read(update, plan, kind)).double()
-        moved = [
-            basis_matrix(block, update.value("seed", int), "rademacher") @ part
-            for block, part in zip(full.blocks, full.split(gammas), strict=True)
-        ]
-        expected = expected - STEP / 3 * torch.cat(moved)
-    got = flat(fed.server.replica.params)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    fed.round()
-    late = fed.algorithm.replicate(toy())
-    for broadcast in fed.server.broadcasts_since(0):
-        fed.algorithm.rebuild(late, broadcast)
-    assert torch.equal(flat(late.params), flat(fed.server.replica.params))
-
-
-def dense(
-    plan: ferret_ext.BlockPlan, full: ferret_ext.BlockPlan, gammas: torch.Tensor | ferret_ext.Packed
-) -> torch.Tensor:
-    """Coordinates on all columns of their bases."""
-    if isinstance(gammas, torch.Tensor):
-        return gammas
-    values, columns = ferret_ext.unpack(plan, gammas)
-    starts = [first for block, first in zip(plan.blocks, full.starts, strict=True) for _ in range(block.k)]
-    return torch.zeros(full.K).index_put((columns + torch.tensor(starts),), values)
-
-
-def test_choices_need_seeds_of_the_clients_own() -> None:
-    given = [("model", "m"), ("data", "d"), ("out", "o"), ("ferret.seeds", "shared-round")]
-    with pytest.raises(ConfigError, match=r"ferret.coordinates: expected floats or levels .* got choice8"):
-        build([*given, ("ferret.coordinates", "choice8")])
-
-
-def test_one_bit_a_coordinate_is_an_eighth_of_a_byte() -> None:
-    """Beside 4 blocks' scales and their unit; the header as ever."""
-    lengths = {kind: len(federation(K=400, coordinates=kind).round()[0]) for kind in ("float32", "int1")}
-    scales = 4 + 7 + 4 + 5 + 9  # values, name, and dtype and length in the head; the unit's name and value
-    shorter = 2  # the length of 50 bytes than that of 400 coordinates
-    assert lengths["float32"] - lengths["int1"] == 4 * 400 - 400 // 8 - scales + shorter
-
-
-def test_a_client_of_other_coordinates_is_rejected() -> None:
-    fed, sent = federation(), federation().round()
-    other = federation(coordinates="int8").round()
-    reason = "client 0's update must have no values but contract, seed, gammas, got scales"
-    assert_only_the_first_is_refused(fed.server, [other[0], *sent[1:]], reason)
-    extra = changed(sent[0])
-    decoded = wire.decode(extra)
-    values = {**decoded.values, "scales": np.ones(4, np.float32)}
-    with_scales = wire.encode(dataclasses.replace(decoded, values=values))
-    fed = federation()
-    assert_only_the_first_is_refused(
-        fed.server, [with_scales, *sent[1:]], "must have no values but contract, seed, gammas, got scales"
-    )
-
-
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_the_servers_step_warms_up(seeds: Any) -> None:
     """Over three rounds to server_learning_rate; everybody goes by the step in the broadcast."""
@@ -531,14 +313,3 @@ def test_auto_plans_join_small_tensors_and_cut_large_ones(seeds: str) -> None:
     assert [block.k for block in fed.client.plan.blocks] != first
     assert torch.equal(flat(fed.client.params), flat(fed.server.replica.params))
     assert len(federation(K=2, **settings).server.replica.plan.blocks) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "most"),
-    [("float32", 64), ("float16", 128), ("int8", 64), ("int1", 512), ("choice4", 103), ("choice8", 64)],
-)
-def test_scales_stay_a_small_share_of_a_block(kind: Any, most: int) -> None:
-    """A sixty-fourth of the bits at the most coordinates that auto gives a block."""
-    assert coordinates.most_a_block(kind) == most
-    if kind in coordinates.PACKINGS:
-        assert 8 / (coordinates.PACKINGS[kind].width * most) <= 1 / 64
