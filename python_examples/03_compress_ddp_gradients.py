@@ -8,6 +8,8 @@ only K numbers are all-reduced. What a step could not carry is added to the next
 feedback, Karimireddy et al., arXiv 1901.09847), which lets the usual learning rate stay.
 """
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -87,8 +89,10 @@ def work(rank: int, store: str) -> None:
         print(f"after {STEPS} steps: {whole:.3f}, all-reducing {4 * numel:,} bytes a step")
         sent = 4 * hook.floats_sent // STEPS
         print(f"after {STEPS} steps: {compressed:.3f}, all-reducing {sent:,} bytes a step")
-    dist.barrier()  # gloo's threads let go of the last tensors, for which Python must still be there
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo's may still hold a tensor, and aborts a process whose Python has ended
 
 
 def main() -> None:

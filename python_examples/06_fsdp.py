@@ -12,6 +12,7 @@ rebuilt is the same to the bit. In a federation `ferret join --nproc-per-node 4`
 
 import copy
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -73,14 +74,20 @@ def client(device: torch.device) -> None:
         if rank == 0:
             print(f"round {round_}: {K:,} coordinates, {off:.0e} off those of one process; loss {loss:.3f}")
             print(f"         rebuilt from them: {'the same bits' if same else 'other weights'}")
-    dist.barrier()  # gloo's threads let go of the last tensors, for which Python must still be there
+
+
+def leave() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo's may still hold a tensor, and aborts a process whose Python has ended
 
 
 def work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     client(torch.device("cpu"))
-    dist.destroy_process_group()
+    leave()
 
 
 def main() -> None:
@@ -91,8 +98,7 @@ def main() -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if gpu else "gloo")
         client(device)
-        dist.destroy_process_group()
-        return
+        leave()
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (str(Path(folder, "store")),), nprocs=PROCESSES)
 
