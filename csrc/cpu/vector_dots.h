@@ -54,7 +54,7 @@ struct RunSource {
   }
 };
 
-// bits[0] and bits[1] = those of columns[0] and columns[1]; largest[i] = the largest magnitude of tile i, for `tiles` of them from `tile` on.
+// bits[0] and bits[1] = those of columns[0] and columns[1]; largest[i] = the largest magnitude of tile i, tile <= i < tile + tiles.
 // Philox is a chain of multiplications that leaves loads and half of the arithmetic idle, which is what a search takes.
 template <class V, int tiles, class Source>
 FERRET_HD void make_pair(const PhiloxKeys& keys, const Call<Halves<V>>& calls, const Column<One>* columns,
@@ -178,8 +178,9 @@ template <class V, class T, bool difference>
 int project_runs_by_dots(const RunProduct<float>& p) {
   const PhiloxKeys keys(p.stream.seed);
   Column<One> columns[V::dot_columns];  // for all runs, as those of one node have the high half of t in common
-  for (int i = 0; i < (p.count + 1) / 2 * 2; ++i)
+  for (int i = 0; i < (p.count + 1) / 2 * 2; ++i) {
     columns[i] = {keys, p.tile * 4, One{p.first + static_cast<uint32_t>(i)}};
+  }
   alignas(64) RunBits bits[kDotBatch];
   RunDigits digits;
   RunSource<V, T, difference> x(p);

@@ -114,8 +114,8 @@ struct Nothing {
 };
 
 // w[i] = the words of a call and a column, for two pairs of them side by side: a chain of multiplications waits for each of its rounds,
-// so one alone would leave multipliers idle. Lanes are calls or columns or both. beside(0), .., beside(7), of constants, is other work in between, which
-// fills what two leave.
+// so one alone would leave multipliers idle. Lanes are calls or columns or both. beside(constant 0), .., beside(constant 7) is other
+// work in between, which fills what two leave.
 template <class V, class CallWords, class ColumnWords, class F = Nothing>
 FERRET_HD void philox_pair(const PhiloxKeys& keys, const Call<CallWords>& call0, const Column<ColumnWords>& column0,
                            const Call<CallWords>& call1, const Column<ColumnWords>& column1, typename V::I (&w)[2][4],
