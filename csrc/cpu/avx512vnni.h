@@ -48,12 +48,18 @@ struct Avx512Vnni : Avx512 {
     _mm256_mask_storeu_pd(sums, lanes, sum);
   }
 
-  // A quarter of x holds eight pieces of 16 bits. Bit 7 - n of byte i of the result's quarter is bit i of piece n.
+  // Quarter i of x holds eight pieces of 16 bits of tile i. Bit 7 - n of byte j in lane i of quarter q of the result is bit 4 q + j of
+  // piece n.
   FERRET_HD static I transpose_pieces(I x) {
     const I low_bytes_first =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
     const I byte_i_asks_for_bit_i = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
-    return _mm512_gf2p8affine_epi64_epi8(byte_i_asks_for_bit_i, _mm512_shuffle_epi8(x, low_bytes_first), 0);
+    return transpose_lanes(
+        _mm512_gf2p8affine_epi64_epi8(byte_i_asks_for_bit_i, _mm512_shuffle_epi8(x, low_bytes_first), 0));
+  }
+  // Lane i of quarter j = lane j of quarter i.
+  FERRET_HD static I transpose_lanes(I x) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
   }
   // The bits of piece n as bytes 1 (not set) and -1: the lowest bit of a byte is the constant's, all others are the piece's.
   template <int n>
@@ -63,29 +69,22 @@ struct Avx512Vnni : Avx512 {
                                          1);
   }
 
-  // Quarter i of digits[m] = byte m of the lanes of x[i].
+  // Lane i of each quarter of digits[m] = byte m of the four lanes in that quarter of x[i]. Zen 5 unpacks on any of its four ports, while
+  // shuffles meet with products and signs.
   FERRET_HD static void take_digits(const I (&x)[4], I (&digits)[3]) {
-    // Every quarter is sorted by m, that of x[i] turned by i lanes, so that blends bring four x together without a shuffle.
+    const I sorted = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     I a[4];
-    for (int i = 0; i < 4; ++i) a[i] = _mm512_shuffle_epi8(x[i], _mm512_broadcast_i32x4(sorted_by_digit(i)));
-    const I ac = _mm512_mask_blend_epi32(0xCCCC, a[0], a[2]), bd = _mm512_mask_blend_epi32(0x6666, a[3], a[1]);
-    const I ca = _mm512_mask_blend_epi32(0xCCCC, a[2], a[0]), db = _mm512_mask_blend_epi32(0x8888, a[3], a[1]);
-    const I mixed[3] = {_mm512_mask_blend_epi32(0xAAAA, ac, bd), _mm512_mask_blend_epi32(0xAAAA, bd, ac),
-                        _mm512_mask_blend_epi32(0xAAAA, ca, db)};
-    const I columns = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const I turned_by_1 = _mm512_setr_epi32(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12);
-    const I turned_by_2 = _mm512_setr_epi32(2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13);
-    digits[0] = _mm512_permutexvar_epi32(columns, mixed[0]);
-    digits[1] = _mm512_permutexvar_epi32(turned_by_1, mixed[1]);
-    digits[2] = _mm512_permutexvar_epi32(turned_by_2, mixed[2]);
+    for (int i = 0; i < 4; ++i) a[i] = _mm512_shuffle_epi8(x[i], sorted);
+    const I low01 = _mm512_unpacklo_epi32(a[0], a[1]), low23 = _mm512_unpacklo_epi32(a[2], a[3]);
+    const I high01 = _mm512_unpackhi_epi32(a[0], a[1]), high23 = _mm512_unpackhi_epi32(a[2], a[3]);
+    digits[0] = _mm512_unpacklo_epi64(low01, low23);
+    digits[1] = _mm512_unpackhi_epi64(low01, low23);
+    digits[2] = _mm512_unpacklo_epi64(high01, high23);
   }
-  FERRET_HD static __m128i sorted_by_digit(int turn) {
-    switch (turn) {
-      case 0: return _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      case 1: return _mm_setr_epi8(3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14);
-      case 2: return _mm_setr_epi8(2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13);
-      default: return _mm_setr_epi8(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12);
-    }
+  // Lane j of quarter i = the sum of lane i of all quarters of a[j].
+  FERRET_HD static I sum_over_quarters(const I (&a)[4]) {
+    const auto half = [](I a, I b) { return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD)); };
+    return transpose_lanes(half(half(a[0], a[1]), half(a[2], a[3])));
   }
 };
 

@@ -2,7 +2,8 @@
 // three digits of a byte, q + 2^22 = a + 2^8 b + 2^16 c with a, b, c >= 0. Sums of products are exact, and what 2^22 adds to a tile's is
 // 2^22 (512 - 2 (number of set bits)).
 //
-// Quarter i of a vector belongs to tile i of the run throughout: Philox works on the run's 16 calls, four a tile.
+// Philox works on the run's 16 calls, four a tile, so quarter i of its words belongs to tile i; in digits, signs and sums lane i of each
+// quarter does.
 #pragma once
 
 #include "vector_scale.h"
@@ -11,7 +12,7 @@ namespace ferret::cpu {
 namespace {
 
 // A run's integers by pieces of 16: digit[word][n][m] holds byte m of the piece of each tile whose bits are piece n of that word of the
-// tile's four calls, which is n / 2 * 128 + word * 32 + n % 2 * 16 elements into the tile.
+// tile's four calls, which is n / 2 * 128 + word * 32 + n % 2 * 16 elements into the tile, four of its elements a quarter.
 struct alignas(64) RunDigits {
   uint8_t digit[4][8][3][64];
 };
@@ -111,9 +112,8 @@ FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits) {
   for (int word = 0; word < 4; ++word) {
     I transposed[columns];
     for (int c = 0; c < columns; ++c) {
-      const I x = V::load(bits[c][word]);
-      transposed[c] = V::transpose_pieces(x);
-      set[c] = V::add(set[c], V::count_bits(x));
+      transposed[c] = V::transpose_pieces(V::load(bits[c][word]));
+      set[c] = V::add(set[c], V::count_bits(transposed[c]));
     }
     unroll(Count<8>(), [&](auto n) FERRET_INLINE {
       I digit[3];
@@ -130,7 +130,7 @@ FERRET_HD typename V::I dot_columns(const RunBits* bits, Digits digits) {
     joined[i] = V::add(V::add(sums[c][0], V::template shift_left<8>(sums[c][1])),
                        V::add(V::template shift_left<16>(sums[c][2]), V::template shift_left<23>(set[c])));
   }
-  return V::add(V::add_within_quarters(joined), V::set1(0x80000000u));  // less 2^22 * 512
+  return V::add(V::sum_over_quarters(joined), V::set1(0x80000000u));  // less 2^22 * 512
 }
 
 // As above, of digits that are there.
