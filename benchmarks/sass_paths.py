@@ -56,21 +56,24 @@ def elements_moved(i: Instruction, opcode: str, size: int) -> int:
     return int((".U16" in i.opcode) == (size == 2) and ".64" not in i.opcode)
 
 
-def cheapest_way(kernel: Kernel, inner: int, size: int, wanted: Done) -> tuple[Instruction, ...] | None:
+def cheapest_way(
+    kernel: Kernel, inner: int, size: int, run: int, wanted: Done
+) -> tuple[Instruction, ...] | None:
     """Its instructions, for elements of `size` bytes, `inner` being an address in the inner loop; None where
-    there is no such way."""
+    there is no such way. A thread moves `run` elements at a time: what moves more or less at once is
+    another dtype's, or a table's."""
     blocks = blocks_of(kernel)
     jumps = [(i.target, i.address) for i in kernel.code if i.target is not None]
     headers = {target for target, at in jumps if target <= inner <= at}
-    ways = [way_round(blocks, header, inner, size, wanted) for header in headers]
+    ways = [way_round(blocks, header, inner, size, run, wanted) for header in headers]
     return min((way for way in ways if way is not None), key=len, default=None)
 
 
 def way_round(
-    blocks: dict[int, Block], header: int, inner: int, size: int, wanted: Done
+    blocks: dict[int, Block], header: int, inner: int, size: int, run: int, wanted: Done
 ) -> tuple[Instruction, ...] | None:
     """Dijkstra's algorithm from `header` back to it, over blocks and what has been done."""
-    after = step_over(blocks, inner, size, wanted)
+    after = step_over(blocks, inner, size, run, wanted)
     start: State = (header, (0, 0, 0, False))
     queue = [(0, start)]
     best, before = {start: 0}, dict[State, State]()
@@ -95,12 +98,13 @@ def walked(before: dict[State, State], end: State) -> list[int]:
 
 
 def step_over(
-    blocks: dict[int, Block], inner: int, size: int, wanted: Done
+    blocks: dict[int, Block], inner: int, size: int, run: int, wanted: Done
 ) -> Callable[[State], Iterator[tuple[int, State]]]:
     """From a block and what has been done, the blocks that may come next."""
 
     def facts_of(block: Block) -> Done:
-        loads, stores = (sum(elements_moved(i, op, size) for i in block.code) for op in ("LDG", "STG"))
+        moved = (sum(elements_moved(i, op, size) for i in block.code) for op in ("LDG", "STG"))
+        loads, stores = (n if n == run else 0 for n in moved)
         fused = sum(i.opcode.startswith("FFMA") for i in block.code)
         return loads, stores, fused, any(i.address == inner for i in block.code)
 

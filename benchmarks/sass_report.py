@@ -172,6 +172,7 @@ class Work:
     """What a thread does on one way round a kernel's loop over tiles."""
 
     elements: int  # of tensors
+    run: int  # of them, read or written at a time
     columns: int
     fused: int  # multiply-adds of an element, outside of sums over columns
     writes: bool
@@ -182,9 +183,9 @@ class Work:
 
 
 WORK = {
-    "project_matrix_kernel": Work(16, 16, 1, writes=False),
-    "apply_matrix_kernel<16>": Work(32, 16, 2, writes=True),
-    "apply_matrix_kernel<64>": Work(8, 64, 3, writes=True),
+    "project_matrix_kernel": Work(16, 16, 16, 1, writes=False),
+    "apply_matrix_kernel<16>": Work(32, 8, 16, 2, writes=True),
+    "apply_matrix_kernel<64>": Work(8, 8, 64, 3, writes=True),
 }
 
 
@@ -199,7 +200,7 @@ def tile_rows(kernel: Kernel, inner: int) -> list[dict[str, Any]]:
         return []
     work, rows = WORK[name], []
     for dtype, size in (("float32", 4), ("16 bits", 2)):
-        way = cheapest_way(kernel, inner, size, work.done)
+        way = cheapest_way(kernel, inner, size, work.run, work.done)
         if way is None:
             sys.exit(f"{name} ({kernel.architecture}): expected a way round for {dtype}, found none")
         per_element = {pipe: count / work.elements for pipe, count in pipes(way).items()}

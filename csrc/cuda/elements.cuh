@@ -1,6 +1,7 @@
 // Device code that project, apply and basis share: which tensor holds a stream element, and how it is read and written.
 #pragma once
 
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -109,6 +110,32 @@ __device__ __forceinline__ bool is_aligned(const T* at) {
   return reinterpret_cast<uintptr_t>(at) % alignof(Vector<T, n>) == 0;
 }
 
+// Writes a vector. Where a plain assignment would do, the compiler takes it apart into elements again.
+template <class T, int n>
+__device__ __forceinline__ void write(const Vector<T, n>& vector, T* to) {
+  constexpr int bytes = n * sizeof(T);
+#if defined(__CUDA_ARCH__)
+  if constexpr (bytes % 8 == 0) {
+    uint32_t words[bytes / 4];
+    memcpy(words, &vector, bytes);
+    const size_t at = __cvta_generic_to_global(to);
+    if constexpr (bytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < bytes / 4; i += 4) {
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * i), "r"(words[i]), "r"(words[i + 1]),
+                     "r"(words[i + 2]), "r"(words[i + 3])
+                     : "memory");
+      }
+    } else {
+      static_assert(bytes == 8);
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(words[0]), "r"(words[1]) : "memory");
+    }
+    return;
+  }
+#endif
+  memcpy(to, &vector, bytes);
+}
+
 // Where a run has all of a lane's elements, as it has nearly everywhere, they are not asked for one by one.
 template <int n, class Places>
 __device__ __forceinline__ bool has_all(const Run& run, Places places) {
@@ -159,7 +186,7 @@ __device__ __forceinline__ void store_as(void* data, const Run& run, Places plac
     Vector<T, n> vector;
 #pragma unroll
     for (int i = 0; i < n; ++i) store_rounded(x[i], &vector.x[i]);
-    *reinterpret_cast<Vector<T, n>*>(to) = vector;
+    write(vector, to);
   } else if (!are_consecutive<n>(places) && all) {
 #pragma unroll
     for (int i = 0; i < n; ++i) store_rounded(x[i], &to[places[i] - places[0]]);
