@@ -61,7 +61,8 @@ def skeleton(name: str, dtype: str) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes a GPU where there is one. Raises ConfigError."""
+    """The device called `name`; "auto" takes a GPU where there is one. A GPU becomes the current one, whose
+    times and memory are measured. Raises ConfigError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -70,6 +71,8 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: expected one of {torch.cuda.device_count()} visible GPUs, got {name!r}")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -111,3 +111,12 @@ def test_pick_device_says_what_it_expects() -> None:
         models.pick_device("tpv")
     with pytest.raises(ConfigError, match=r"device: expected one of \d+ visible GPUs, got 'cuda:99'"):
         models.pick_device("cuda:99")
+
+
+def test_the_gpu_that_is_picked_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert models.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
