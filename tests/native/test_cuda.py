@@ -25,9 +25,12 @@ PLACES = [
 ]
 
 
-@pytest.fixture(params=BASES)
-def basis(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=[*((basis, "simt") for basis in BASES), ("rademacher", "mma")], ids="-".join)
+def basis(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every kind, and the one that matrix units know on them too."""
+    kind, path = request.param
+    monkeypatch.setenv("FERRET_CUDA_PATH", path)
+    return str(kind)
 
 
 def place_of(case: tuple[int, int | None, int, int], basis: str) -> tuple[dict[str, Any], int, int]:
@@ -45,19 +48,6 @@ def test_cuda_project_is_the_cpus(
     got = ferret_ext.project(delta.cuda(), SEED, K, **place)
     assert got.is_cuda
     assert_same_bits(got.cpu(), ferret_ext.project(delta, SEED, K, **place))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", PLACES)
-def test_cuda_project_on_matrix_units_is_the_cpus(
-    case: tuple[int, int | None, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FERRET_CUDA_PATH", "mma")
-    place, count, K = place_of(case, "rademacher")
-    delta = normal(count, 1, dtype)
-    assert_same_bits(
-        ferret_ext.project(delta.cuda(), SEED, K, **place).cpu(), ferret_ext.project(delta, SEED, K, **place)
-    )
 
 
 def test_cuda_unknown_path_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
