@@ -7,6 +7,7 @@ join` are all there is to it (docs/deployment.md); the same run in one process t
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import IO
 
 MODEL, DATA = "builtin:tiny-llama", "builtin:alpaca"
 FERRET = (sys.executable, "-m", "ferret_ext.federated")
+ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1"}  # not the source tree that we may be in
 RUN = (
     *("--preset=demo", "rounds=2", "num_clients=2", "training.max_steps=4", "ferret.K=1024"),
     "evaluation.max_samples=20",
@@ -36,7 +38,7 @@ def federate(out: Path, log: IO[bytes]) -> None:
     address = f"127.0.0.1:{free_port()}"
     party = (f"model={MODEL}", f"data={DATA}", "num_threads=1")
     join = (*FERRET, "join", address, "--clients=0,1", "--share", *party)
-    with subprocess.Popen(join, stdout=log, stderr=log) as clients:
+    with subprocess.Popen(join, stdout=log, stderr=log, env=ENVIRONMENT) as clients:
         try:
             ferret(log, "serve", f"--listen={address}", *RUN, f"--out={out}")
         finally:
@@ -44,7 +46,7 @@ def federate(out: Path, log: IO[bytes]) -> None:
 
 
 def ferret(log: IO[bytes], *arguments: str) -> None:
-    if subprocess.run([*FERRET, *arguments], stdout=log, stderr=log).returncode:
+    if subprocess.run([*FERRET, *arguments], stdout=log, stderr=log, env=ENVIRONMENT).returncode:
         raise SystemExit(f"ferret {arguments[0]} failed:\n{Path(log.name).read_text()}")
 
 

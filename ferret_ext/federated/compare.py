@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def carry_out(run: Run) -> str:
     run.config.save(wanted)
     ferret = [sys.executable, "-m", "ferret_ext.federated"]
     how = "--resume" if run.begun else "--overwrite"
-    status = subprocess.run([*ferret, "simulate", "--config", str(wanted), how]).returncode
+    command = [*ferret, "simulate", "--config", str(wanted), how]
+    # As ours does, the process imports what is installed, not a source tree that we may be in.
+    status = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}).returncode
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     wanted.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ def test_runs_are_those_of_simulate(comparison: Path, tmp_path: Path) -> None:
         for folder in (comparison / "ferret-reference-code" / "seed-4", tmp_path / "run")
     )
     assert ours == theirs
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+def test_a_source_tree_in_the_way_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ferret_ext").mkdir()
+    (tmp_path / "ferret_ext" / "__init__.py").write_text("raise ImportError('no native part')")
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", *SMALL, "--variants", "ferret", "--seeds", "3", "--out", "out", "rounds=1"]
+    assert main(command) == 0
 
 
 def test_variants_share_model_data_and_clients(comparison: Path) -> None:

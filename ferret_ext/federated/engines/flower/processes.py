@@ -126,11 +126,13 @@ def program(name: str) -> list[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """For Flower's processes: nothing is installed at run time, nothing is reported, files are in `home`."""
+    """For Flower's processes: nothing is installed at run time, nothing is reported, files are in `home`, and
+    what is installed is imported, not a source tree that we may be in."""
     quiet = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-    places = {"FLWR_HOME": str(home), "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    places = {"FLWR_HOME": str(home), "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    python = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **quiet, **places, "PATH": path}
+    return {**os.environ, **quiet, **places, **python, "PATH": path}
 
 
 def write_connection(home: Path, address: str, security: Security) -> None:
