@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from .packing import Packed
 from .plan import AnyPlan, BlockPlan, PlanShard
@@ -86,7 +87,8 @@ def size(op: str, shape: Any) -> torch.Size:
 def dtype(op: str, value: Any) -> torch.dtype:
     """A dtype that the kernels know."""
     if value not in DTYPES:
-        raise TypeError(f"{op}: dtype must be one of {_DTYPE_NAMES}, got {value}")
+        got = repr(value) if isinstance(value, torch.dtype) else f"{value!r}, a {type(value).__name__}"
+        raise TypeError(f"{op}: dtype must be a torch.dtype of {_DTYPE_NAMES}, got {got}")
     assert isinstance(value, torch.dtype)
     return value
 
@@ -99,6 +101,10 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
         raise TypeError(f"{op}: {name} must be one of {_DTYPE_NAMES}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
+    if torch.compiler.is_compiling():
+        return value
+    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(f"{op}: {name} must have no tangent (reverse mode alone is there), got one")
     return value
 
 
@@ -159,10 +165,15 @@ def one_device(op: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def plan_tensors(op: str, plan: Any, name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+def plan(op: str, value: Any) -> AnyPlan:
+    """A plan, or a shard of one."""
+    if not isinstance(value, (BlockPlan, PlanShard)):
+        raise TypeError(f"{op}: plan must be a BlockPlan, or a shard of one, got {type(value).__name__}")
+    return value
+
+
+def plan_tensors(op: str, plan: AnyPlan, name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """The plan's tensors in its order, under the names that errors call them."""
-    if not isinstance(plan, (BlockPlan, PlanShard)):
-        raise TypeError(f"{op}: plan must be a BlockPlan, or a shard of one, got {type(plan).__name__}")
     if len(tensors) != len(plan.tensors):
         raise ValueError(f"{op}: {name} must be the plan's {len(plan.tensors)} tensors, got {len(tensors)}")
     named = {}
@@ -171,6 +182,14 @@ def plan_tensors(op: str, plan: Any, name: str, tensors: Sequence[Tensor]) -> di
         if value.numel() != numel:
             raise ValueError(f"{op}: {name}[{label!r}] must have {numel} elements, got {value.numel()}")
     return named
+
+
+def alike(op: str, olds: Mapping[str, Tensor], news: Mapping[str, Tensor]) -> None:
+    """Tensors of one shape by pairs, or flat ones: elements of a transposed tensor would meet wrong ones."""
+    for (first, old), (second, new) in zip(olds.items(), news.items(), strict=True):
+        if old.shape != new.shape and 1 not in (old.dim(), new.dim()):
+            expected, got = list(new.shape), list(old.shape)
+            raise ValueError(f"{op}: {first} must have the shape of {second}, {expected}, got {got}")
 
 
 def may_change(op: str, param: Tensor) -> None:

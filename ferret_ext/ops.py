@@ -184,17 +184,18 @@ def project_difference(
 
     plan: a BlockPlan, or `plan.shard(..)` where a part of each tensor is at hand; coordinates of all parts
         add up to the whole's, to rounding.
-    old, new: the plan's tensors in its order, on one device; dtypes may differ. With new on a GPU old may be
-        on the CPU: its blocks are brought over a few at a time, 64 MiB or one block, beside the work on those
-        before them, if it is in pinned memory; where a tensor is float64, all at once. It must not change
-        before the GPU is done with it.
+    old, new: the plan's tensors in its order, of the same shapes or flat, on one device; dtypes may differ.
+        With new on a GPU old may be on the CPU: its blocks are brought over a few at a time, 64 MiB or one
+        block, beside the work on those before them, if it is in pinned memory; where a tensor is float64, all
+        at once. It must not change before the GPU is done with it.
 
     Returns the flat gammas [plan.K], float32, or float64 if any tensor is; `plan.split` gives them by block.
     Raises as `project` does. Not differentiable.
     """
     op = "project_difference"
-    old, new = list(old), list(new)
+    plan, old, new = checks.plan(op, plan), list(old), list(new)
     olds, news = checks.plan_tensors(op, plan, "old", old), checks.plan_tensors(op, plan, "new", new)
+    checks.alike(op, olds, news)
     on_host = news and new[0].is_cuda and old[0].is_cpu
     for together in (olds, news) if on_host else (olds | news,):
         checks.one_device(op, together)
@@ -224,6 +225,9 @@ def pack(plan: BlockPlan, gammas: Tensor, packing: Packing) -> Packed:
     is the update as far as coordinates are normal, which they nearly are for d_l large (docs/quality.md).
     Raises TypeError and ValueError for input that does not fit, and for scales that float32 cannot hold.
     """
+    if not isinstance(packing, Packing):
+        raise TypeError(f"pack: packing must be a Packing, got {packing!r}")
+    checks.plan("pack", plan)
     gammas = checks.coordinates("pack", "gammas", gammas).detach()
     expected = plan.K << packing.choice
     if gammas.numel() != expected:
@@ -270,9 +274,10 @@ def apply_(
         rounds to nearest, as float32 and float64 always are.
 
     Raises as `project` does, and ValueError for gammas of another length than plan.K, and leaves every
-    parameter untouched then; torch's own error for a leaf that requires grad outside torch.no_grad().
+    parameter untouched then; torch's own error for a leaf that requires grad outside torch.no_grad(). A sum
+    that is too large for a parameter's dtype becomes infinite, as in torch.
     """
-    params = list(params)
+    plan, params = checks.plan("apply_", plan), list(params)
     targets = checks.plan_tensors("apply_", plan, "params", params)
     alpha, kind = checks.number("apply_", "alpha", alpha), checks.kind("apply_", basis)
     rounding = None if rounding_seed is None else checks.seed("apply_", rounding_seed, "rounding_seed")

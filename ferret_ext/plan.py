@@ -121,10 +121,12 @@ class BlockPlan:
                 "BlockPlan.from_parameters: named_parameters must be (name, parameter) pairs as of "
                 f"model.named_parameters(), got {type(named_parameters).__name__}"
             )
-        tensors = tuple((name, parameter.numel()) for name, parameter in _trainable(named_parameters))
+        named = list(named_parameters)
+        tensors = tuple((name, parameter.numel()) for name, parameter in _trainable(named))
         if not tensors:
             raise ValueError(
-                "BlockPlan.from_parameters: expected a non-empty parameter that requires grad, got none"
+                "BlockPlan.from_parameters: expected a non-empty parameter that requires grad, got none "
+                f"among {len(named)}"
             )
         spans = _cut(tensors, granularity, K)
         numels = [numel for _, numel in spans]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 def call(op: str, **replaced: Any) -> Any:
     function, arguments = CALLS[op]
     return function(**{**arguments, **replaced})
+
+
+def call_with(op: str, argument: str, value: Any) -> Any:
+    return call(op, **{argument: value})
 
 
 def rejects(op: str, error: type[Exception], *parts: object, **replaced: Any) -> None:
@@ -273,9 +278,34 @@ def test_tensors_that_do_not_fit_the_plan() -> None:
 def test_plan_of_another_type() -> None:
     for op in ("project_difference", "apply_"):
         rejects(op, TypeError, "plan", "BlockPlan", "got dict", plan=PLAN.to_dict())
+    with pytest.raises(TypeError, match=r"^project_difference: plan must be a BlockPlan, .* got list"):
+        ferret_ext.project_difference(tensors(), tensors(), PLAN, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^pack: packing must be a Packing, got 'int4'"):
+        ferret_ext.pack(PLAN, normal(20), "int4")  # type: ignore[arg-type]
+
+
+def test_difference_of_a_transposed_tensor() -> None:
+    """Flat ones hold the same elements in the same order; these do not."""
+    new = [normal(700).view(7, 100), normal(5)]
+    expected = call("project_difference", new=[normal(700), normal(5)])
+    assert_same_bits(call("project_difference", new=new), expected)
+    old = [normal(700, 1).view(100, 7), normal(5, 2)]
+    rejects(
+        "project_difference", ValueError, "old['a']", "new['a']", "[7, 100]", "[100, 7]", old=old, new=new
+    )
 
 
 # ---- devices and autograd
+
+
+def test_forward_mode_is_refused_not_ignored() -> None:
+    for op, argument in (("project", "delta"), ("reconstruct", "gamma"), ("reconstruct_", "gamma")):
+        value = CALLS[op][1][argument]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+            rejects(op, NotImplementedError, argument, "tangent", **{argument: dual})
+        with pytest.raises(NotImplementedError, match=f"^{op}: {argument} must have no tangent"):
+            torch.func.jvp(partial(call_with, op, argument), (value,), (torch.ones_like(value),))
 
 
 def test_tensors_on_different_devices() -> None:
