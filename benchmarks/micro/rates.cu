@@ -110,11 +110,14 @@ template <class Operation, class Value>
 __global__ void __launch_bounds__(kThreads) chains_kernel(Inputs in) {
   constexpr int chains = 8;
   Value x[chains];
-  const uint32_t own = in.a + threadIdx.x;  // else the uniform data path would do the work
+  // Other operands for every thread, else the uniform data path would do the work; the same ones in every round, because
+  // making new ones would be timed too.
+  const uint32_t own = in.a + threadIdx.x, other = in.b + 2 * threadIdx.x;
   for (int i = 0; i < chains; ++i) x[i] = static_cast<Value>(own + i) * static_cast<Value>(0x9E3779B97F4A7C15u);
+#pragma unroll 32
   for (int loop = 0; loop < kLoops; ++loop) {
 #pragma unroll
-    for (int i = 0; i < chains; ++i) x[i] = Operation::step(x[i], own + i, own + loop);
+    for (int i = 0; i < chains; ++i) x[i] = Operation::step(x[i], own + i, other);
   }
   uint32_t all = 0;
   for (int i = 0; i < chains; ++i) all ^= static_cast<uint32_t>(x[i]) ^ static_cast<uint32_t>(uint64_t(x[i]) >> 32);
