@@ -4,9 +4,10 @@
     python benchmarks/bench_gpu.py --profile     six calls, marked for a profiler (see gpu_suite.sh)
 
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
-operator must read and write. Rates are of the median call, beside those of the slowest and the fastest. The
-L2 cache is flushed before every call (gpu_timer.py). The file is written anew after every section, and
-what the budget leaves no time for is named in it. `--device cpu --quick` tries the program out without a GPU.
+operator must read and write. Rates are of the median call by the device's clock, beside those of the slowest
+and the fastest; "host" is the time in which the host queues a call. The L2 cache is flushed before every call
+(gpu_timer.py). The file is written anew after every section, and what the budget leaves no time for is named
+in it. `--device cpu --quick` tries the program out without a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from gpu_cases import (
     reconstruct_case,
     update_case,
 )
-from gpu_timer import GpuTimer
+from gpu_timer import GpuTimer, GpuTiming
 from rivals import gpu_rivals
 from timer import Timing, write
 from torch import Tensor
@@ -166,6 +167,8 @@ def line(row: Row) -> str:
     name = " ".join([row["what"], *(row[key] for key in NAMED if row.get(key, "") not in usual)])
     text = f"{name:34} d {row['numel']:>13,} K {row['K']:>6.4g}  {timing.median * 1e3:10.4f} ms"
     text += f" ({timing.fastest * 1e3:.4f} .. {timing.slowest * 1e3:.4f})"
+    if isinstance(timing, GpuTiming):
+        text += f" host {timing.host * 1e3:8.4f} ms"
     if "rate" in row:
         text += f" {row['rate'] / 1e12:8.3f} T/s"
     if row.get("bandwidth"):

@@ -126,6 +126,8 @@ def row_line(row: Row) -> str:
     if "same" in row:
         return f"{text}  {'the same bits' if row['same'] else 'OTHER BITS'}"
     text += f" {row['timing']['median'] * 1e3:10.3f} ms"
+    if "host" in row["timing"]:
+        text += f" host {row['timing']['host'] * 1e3:8.3f} ms"
     if row.get("rate"):
         text += f" {row['rate'] / 1e12:8.3f} T/s"
     if row.get("bandwidth"):

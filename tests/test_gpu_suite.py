@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import gpu_timer
 import pytest
 import torch
 from bench_gpu import QUICK, SECTIONS, Bench, profile
 from gpu_cases import by_size, llama_7b, plan_cases, project_case, update_case
 from gpu_report import collect, read_profile, table
+from gpu_timer import GpuTimer
 from timer import write
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +78,57 @@ def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatc
     late = Bench(QUICK, CPU, budget=0)
     late.run(["copy", "checks"], lambda: None)
     assert late.notes == ["copy: no time left", "checks: no time left"]
+
+
+class StandIn:
+    """A GPU of a clock of its own: a queue that runs in the host's time."""
+
+    clock = gpu_timer.CLOCK / 2
+
+    def __init__(self) -> None:
+        self.free = 0.0
+
+    def queue(self, seconds: float) -> float:
+        """When it is done."""
+        self.free = max(self.free, time.perf_counter()) + seconds
+        return self.free
+
+    def sleep(self, cycles: int) -> None:
+        self.queue(cycles / self.clock)
+
+    def event(self, enable_timing: bool) -> "Event":
+        return Event(self)
+
+
+class Event:
+    def __init__(self, gpu: StandIn) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = self.gpu.queue(0)
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+
+    def elapsed_time(self, stop: "Event") -> float:
+        return (stop.at - self.at) * 1e3
+
+
+def test_timer_leaves_the_hosts_work_out_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, timer = StandIn(), GpuTimer(CPU)
+    monkeypatch.setattr(timer, "_buffer", torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "_sleep", gpu.sleep)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+
+    def call() -> None:
+        gpu.queue(1e-3)
+        time.sleep(0.02)
+        gpu.queue(2e-3)
+
+    timing = timer.measure(call, seconds=0)
+    assert timing.calls == 5
+    assert timing.median == pytest.approx(3e-3)
+    assert timing.host >= 0.02
 
 
 def test_profile_runs_its_calls() -> None:
