@@ -100,10 +100,15 @@ def memory_available() -> int:
 
 
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """rows, whose timings are dataclasses, as JSON beside the machine and the `facts` they were taken on."""
+    """rows, whose timings are dataclasses, as JSON beside the machine and the `facts` they were taken on.
+
+    A file that is there stays whole until the new one takes its place, whenever the program is killed.
+    """
     plain = [
         {key: asdict(value) if isinstance(value, Timing) else value for key, value in row.items()}
         for row in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine() | facts, "rows": plain}, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps({"machine": machine() | facts, "rows": plain}, indent=1) + "\n")
+    new.replace(path)
