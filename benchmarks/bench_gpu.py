@@ -6,8 +6,8 @@
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
 operator must read and write. Rates are of the median call by the device's clock, beside those of the slowest
 and the fastest; "host" is the time in which the host queues a call. The L2 cache is flushed before every call
-(gpu_timer.py). The file is written anew after every section, and what the budget leaves no time for is named
-in it. `--device cpu --quick` tries the program out without a GPU.
+(gpu_timer.py). The file is written anew every second and after every section, and what the budget leaves no
+time for is named in it. `--device cpu --quick` tries the program out without a GPU.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from ferret_ext.ops import Basis
 
 Row = dict[str, Any]
 PATHS = ("simt", "mma")
+SAVE_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Bench:
         self.notes: list[str] = []
         self.copy_bandwidth = 0.0
         self._deadline = time.perf_counter() + budget
+        self._save: Callable[[], None] = lambda: None
+        self._saved = time.perf_counter()
 
     def check_time(self) -> None:
         if time.perf_counter() > self._deadline:
@@ -136,13 +139,20 @@ class Bench:
     def keep(self, row: Row) -> Row:
         self.rows.append(row)
         print(line(row), flush=True)
+        if time.perf_counter() - self._saved >= SAVE_EVERY:
+            self._save()
+            self._saved = time.perf_counter()
         return row
 
     def tensor(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return filled(numel, dtype, self.device)
 
     def run(self, names: Sequence[str], save: Callable[[], None]) -> None:
-        """Every section; one that fails or comes too late is noted, and the next one runs."""
+        """Every section; one that fails or comes too late is noted, and the next one runs.
+
+        `save` is called after every section and, so that a run that is killed loses little, within them.
+        """
+        self._save = save
         for name in names:
             print(f"\n{SECTIONS[name].__doc__}", flush=True)
             try:

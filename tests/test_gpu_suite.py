@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_gpu
 import gpu_timer
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_timer_leaves_the_hosts_work_out_and_says_what_it_is(monkeypatch: pytest
     assert timing.calls == 5
     assert timing.median == pytest.approx(3e-3)
     assert timing.host >= 0.02
+
+
+def test_bench_saves_within_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "SAVE_EVERY", 0.0)
+    saved: list[int] = []
+    bench = Bench(QUICK, CPU, budget=600)
+    bench.run(["copy"], lambda: saved.append(len(bench.rows)))
+    assert saved == [1, 2, 3, 3]
 
 
 def test_profile_runs_its_calls() -> None:
