@@ -420,6 +420,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else Settings()
+    if arguments.device.type == "cuda":  # events and graphs are the current device's
+        torch.cuda.set_device(arguments.device.index or 0)
     if arguments.profile:
         return profile(settings, arguments.device)
     facts = device_facts(arguments.device)

@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.device.type == "cuda":  # stopwatches wait for the current device
+        torch.cuda.set_device(arguments.device.index or 0)
 
     given = {name: value for name in ("layers", "hidden") if (value := getattr(arguments, name)) is not None}
     model = llama(replace(SHAPES[arguments.shape], **given), arguments.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_gpu
+import bench_round
 import gpu_timer
 import pytest
 import torch
@@ -138,6 +139,27 @@ def test_bench_saves_within_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(QUICK, CPU, budget=600)
     bench.run(["copy"], lambda: saved.append(len(bench.rows)))
     assert saved == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(("device", "current"), [("cpu", []), ("cuda", [0]), ("cuda:1", [1])])
+def test_device_of_a_benchmark_is_the_current_one(
+    device: str, current: list[int], monkeypatch: pytest.MonkeyPatch, restored_threads: None
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(bench_gpu, "profile", lambda settings, device: None)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--profile", "--device", device])
+    bench_gpu.main()
+    assert chosen == current
+
+    def llama(shape: bench_round.Shape, device: torch.device) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(bench_round, "llama", llama)
+    monkeypatch.setattr(sys, "argv", ["bench_round.py", "--device", device])
+    with pytest.raises(InterruptedError):
+        bench_round.main()
+    assert chosen == 2 * current
 
 
 def test_profile_runs_its_calls() -> None:
