@@ -1,7 +1,7 @@
 """Rates of every operator on one GPU, beside the copy bandwidth and rivals of the same run.
 
     python benchmarks/bench_gpu.py --json FILE [--budget SECONDS] [--quick] [--only SECTION ..]
-    python benchmarks/bench_gpu.py --profile     six calls, marked for a profiler (see gpu_suite.sh)
+    python benchmarks/bench_gpu.py --profile     eight calls, marked for a profiler (see gpu_suite.sh)
 
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
 operator must read and write. Rates are of the median call by the device's clock, beside those of the slowest
@@ -371,7 +371,7 @@ SECTIONS = {
 def profile(settings: Settings, device: torch.device) -> None:
     """Calls on both paths between marks that a profiler started with --profile-from-start off heeds."""
     x = filled(settings.numel, device=device)
-    cases = [project_case(x, 16), project_case(x, 512), update_case(x, 64)]
+    cases = [project_case(x, 16), project_case(x, 512), update_case(x, 16), update_case(x, 64)]
     for case in cases:
         case.call()
     with on_path("mma"):
