@@ -122,11 +122,13 @@ stage_micro() {
   "$work/rates" | tee "$work/micro.jsonl"
 }
 
-# The clocks stay as they are, and whole sections are asked for, because names of single counters change.
+# The clocks stay as they are, and whole sections are asked for, because names of single counters change. Only the bytes
+# of device memory, whose names do not, are asked for by themselves; bank conflicts come with the tables.
 stage_profile() {
   command -v ncu > /dev/null || { echo "left out: ncu is not installed"; return 0; }
   ncu --clock-control none --profile-from-start off --kernel-name 'regex:(project|project_matrix|apply|apply_matrix)_kernel' --force-overwrite \
     --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
+    --section MemoryWorkloadAnalysis_Tables --metrics dram__bytes_read.sum,dram__bytes_write.sum \
     --section InstructionStats --section WarpStateStats --section SchedulerStats --section LaunchStats \
     --section Occupancy --export "$out/profile.ncu-rep" "$python" benchmarks/bench_gpu.py --profile || return 1
   ncu --import "$out/profile.ncu-rep" --csv --page raw > "$work/profile.csv" || return 1
