@@ -8,11 +8,14 @@ import gallery
 import numpy as np
 import pytest
 from circle import seeded
+from test_wire_document import MESSAGES, read
+
+pytest.importorskip("Crypto", reason="PyCryptodome is not installed (pip install '.[secure]')")
+
 from Crypto.Cipher import AES, ChaCha20
 from Crypto.Hash import SHA256
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key, key_agreement
 from Crypto.Protocol.KDF import HKDF
-from test_wire_document import MESSAGES, read
 
 SECURE = "ferret-secure"
 INVITATION = read(MESSAGES[SECURE, "request-update"])
