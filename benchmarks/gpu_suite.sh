@@ -104,13 +104,14 @@ stage_bench() {
 
 # A round of a 7B model on each path.
 stage_round() {
-  local path
+  local path failed=""
   "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)' \
     || { echo "left out: transformers is not installed"; return 0; }
   for path in mma simt; do
     FERRET_CUDA_PATH=$path timeout "$((budget / 2))" "$python" benchmarks/bench_round.py --shape llama-7b --device cuda \
-      --steps 10 --accumulation 4 --trained 2 --json "$work/round-$path.json" || return 1
+      --steps 10 --accumulation 4 --trained 2 --json "$work/round-$path.json" || failed+=" $path (exit status $?)"
   done
+  [ -z "$failed" ] || { echo "failed:$failed"; return 1; }
 }
 
 stage_micro() {

@@ -184,15 +184,21 @@ def test_profile_keeps_key_counters_with_units() -> None:
     assert read_profile("==ERROR== no permission\n") == []
 
 
+ROUND = {
+    "parameters": 6.7e9,
+    "clients": 10,
+    "peak_memory_bytes": 3 << 30,
+    "share_of_local": 0.0312,
+} | {part: {"median": 2.0} for part in ("local", "project", "rebuild")}
+
+
 def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "stages.tsv").write_text("build\t0\t61\tbuilt for 90a-real\nbench\t124\t200\trow\n")
     (tmp_path / "micro.jsonl").write_text(
         '{"name": "LOP3", "unit": "thread instructions", "per_second": 1.6e13}\n'
     )
     (tmp_path / "profile.csv").write_text(NCU)
-    seconds = {part: {"median": 2.0} for part in ("local", "project", "rebuild")}
-    facts = {"parameters": 6.7e9, "clients": 10, "peak_memory_bytes": 3 << 30, "share_of_local": 0.0312}
-    (tmp_path / "round-mma.json").write_text(json.dumps({"rows": [facts | seconds]}))
+    (tmp_path / "round-mma.json").write_text(json.dumps({"rows": [ROUND]}))
     write(tmp_path / "bench.json", bench.rows, notes=["sizes: no time left"], device="some GPU")
     run = collect(tmp_path)
     text = table(run)
@@ -208,6 +214,14 @@ def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
         "the same bits",
     ):
         assert part in text
+
+
+def python_that(folder: Path, cases: str) -> str:
+    """This interpreter behind a script: `cases` are shell code for arguments that match a pattern."""
+    program = folder / "python"
+    program.write_text(f'#!/usr/bin/env bash\ncase "$*" in\n{cases}\nesac\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
 
 
 def run_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -241,6 +255,17 @@ def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> 
     assert stages["peers"]["status"] == "left out"
     assert stages["bench"]["status"].startswith("failed")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "table.txt", "suite.log"}
+
+
+def test_a_round_that_fails_on_one_path_is_timed_on_the_other(tmp_path: Path) -> None:
+    (tmp_path / "round.json").write_text(json.dumps({"rows": [ROUND]}))
+    answer = f'[ $FERRET_CUDA_PATH = mma ] && exit 3; cp {tmp_path}/round.json "${{@: -1}}"; exit'
+    run = run_suite(tmp_path, STAGES="round", PYTHON=python_that(tmp_path, f"*bench_round*) {answer} ;;"))
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    (stage,) = result["stages"]
+    assert (stage["status"], stage["note"]) == ("failed (1)", "failed: mma (exit status 3)")
+    assert result["rounds"] == [ROUND | {"path": "simt"}]
 
 
 def test_suite_leaves_out_stages_without_time(tmp_path: Path) -> None:
