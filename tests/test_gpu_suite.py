@@ -257,6 +257,25 @@ def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "table.txt", "suite.log"}
 
 
+@pytest.mark.parametrize(
+    ("others", "status", "note"),
+    [
+        ('"-m pytest"*) echo 3 passed; exit ;;', "passed", "tests/federated tests/remote: 3 passed"),
+        ('"-m pytest"*) echo 1 failed; exit 1 ;;', "failed (1)", "tests/federated tests/remote: 1 failed"),
+        (
+            "*transformers*) exit 1 ;;",
+            "passed",
+            "tests/federated and tests/remote left out: packages are missing",
+        ),
+    ],
+)
+def test_suite_runs_the_tests_of_every_folder(others: str, status: str, note: str, tmp_path: Path) -> None:
+    python = python_that(tmp_path, f'"-m pytest"*tests/native*) echo 350 passed; exit ;; {others}')
+    run_suite(tmp_path, STAGES="tests", PYTHON=python)
+    (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert (stage["status"], stage["note"]) == (status, f"tests/native: 350 passed; {note}")
+
+
 def test_a_round_that_fails_on_one_path_is_timed_on_the_other(tmp_path: Path) -> None:
     (tmp_path / "round.json").write_text(json.dumps({"rows": [ROUND]}))
     answer = f'[ $FERRET_CUDA_PATH = mma ] && exit 3; cp {tmp_path}/round.json "${{@: -1}}"; exit'
