@@ -233,7 +233,9 @@ def run_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 def test_suite_says_what_it_would_do(tmp_path: Path) -> None:
     run = run_suite(tmp_path, "--dry-run")
     assert run.returncode == 0
-    assert "bench      at most 200 s" in run.stdout
+    stages = "machine build answers tests sanitizer bench micro profile peers round"
+    assert [line.split()[0] for line in run.stdout.splitlines()] == [*stages.split(), "in"]
+    assert "bench      at most 150 s" in run.stdout
     assert "in all     at most 525 s" in run.stdout
     assert not any((tmp_path / "out").iterdir())
 
