@@ -66,8 +66,9 @@ figures stand below each table for that. Step sizes were chosen by short trials 
 FedKSeed's on Natural Instructions and Dolly again, where that of GSM8K diverged or went to and fro. FedZO and
 FedKSeed take 200 local steps a round as published, DeComFL and FeedSign one of ten directions, the others 10
 steps of 4 records. Seconds were taken while the machine did other work too, on one core. Bytes on GSM8K and
-CodeAlpaca are of wire format 2, whose messages are some 14 bytes shorter than today's. Ferret sends float32
-coordinates here, as published but for their width; [quality.md](quality.md) has what fewer bits buy.
+CodeAlpaca are of wire format 2, whose messages are some 14 bytes shorter than today's for Ferret, and some
+hundreds longer for algorithms that send tensors. Ferret sends float32 coordinates here, as published but for
+their width; [quality.md](quality.md) has what fewer bits buy.
 The pictures end where a loss is 1.25 times the first.
 """
 

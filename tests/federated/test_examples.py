@@ -70,7 +70,10 @@ MARKED = [pytest.param(p, marks=[pytest.mark.flower] if p.name == FLOWER else []
 
 @pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name)
 def test_output_looks_as_the_page_shows_it(path: Path) -> None:
+    """Line by line, and in bytes, which do not depend on the processor."""
     assert shape(output(path.name)) == shape(shown(path.name))
+    counted = r"[\d,]+(?= bytes)"
+    assert re.findall(counted, output(path.name)) == re.findall(counted, shown(path.name))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
