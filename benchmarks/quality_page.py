@@ -29,6 +29,7 @@ from ferret_ext.federated.plot_comparison import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+STYLES = (("-", "o"), ("--", "s"))  # of a line and its points; the second where colours come again
 TITLES = {
     "gsm8k": "GSM8K: grade-school word problems, 3 clients",
     "codealpaca": "CodeAlpaca: a programming language a client",
@@ -262,22 +263,32 @@ def save_plot(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Non
             label += ", plan auto" if row.get("granularity") == "auto" else ""
             groups.setdefault(label, []).append((row["bytes"], shares(row, rows[0])))
         for place, (label, unsorted) in enumerate(groups.items()):
-            colour, style = COLOURS[place % len(COLOURS)], "-" if place < len(COLOURS) else "--"
+            colour, style, marker = COLOURS[place % len(COLOURS)], *STYLES[place // len(COLOURS)]
             points = sorted(unsorted)
             sizes = [size for size, _ in points]
             means, least, most = ([100 * of(reached) for _, reached in points] for of in (fmean, min, max))
-            axes.plot(sizes, means, style, color=colour, marker="o", markersize=5, linewidth=1.8, label=label)
+            axes.plot(
+                sizes, means, style, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label
+            )
             axes.fill_between(sizes, least, most, color=colour, alpha=0.15)
         axes.axhline(100, linestyle=":", color=INK, linewidth=1)
+        ticks = octaves([size for points in groups.values() for size, _ in points])
         axes.set(
             xscale="log",
             xlabel="bytes of coordinates and scales, a client and round",
             ylabel="share of FedAvg's loss reduction, %",
         )
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.legend(frameon=False)
         figure.savefig(folder / f"quality-{name}.png", dpi=150)
         figure.savefig(folder / f"quality-{name}.svg", metadata={"Date": None})
+
+
+def octaves(sizes: Sequence[int]) -> list[int]:
+    """Powers of two from the one below all sizes to the one above."""
+    return [1 << n for n in range(min(sizes).bit_length() - 1, (max(sizes) - 1).bit_length() + 1)]
 
 
 def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
