@@ -8,8 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <exception>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../core/job.h"
@@ -44,7 +45,7 @@ Tensor allocated(const char* op, F make) {
   try {
     return make();
   } catch (const std::exception&) {
-    STD_TORCH_CHECK(false, op, ": out of memory (or, on a GPU, an earlier call failed)");
+    throw std::runtime_error(std::string(op) + ": out of memory (or, on a GPU, an earlier call failed)");
   }
 }
 

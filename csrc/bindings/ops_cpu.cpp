@@ -22,29 +22,27 @@ cpu::Threads torch_threads() {
           }};
 }
 
-// Errors of the torch-free core, all of them before an element of a parameter has changed.
+// The torch-free core fails, if it does, before an element of a parameter has changed.
 template <class F>
-auto with_torch_errors(const char* out_of_memory, F f) {
+auto or_say(const char* out_of_memory, F f) {
   try {
     return f();
   } catch (const std::bad_alloc&) {
-    STD_TORCH_CHECK(false, out_of_memory);
-  } catch (const std::runtime_error& error) {
-    STD_TORCH_CHECK(false, error.what());
+    throw std::runtime_error(out_of_memory);  // without the place in our sources, as STD_TORCH_CHECK would have it
   }
 }
 
 struct Cpu {
   static void project(const ProjectJob& job, const Tensor&) {
-    with_torch_errors("project: out of memory", [&] { cpu::project(job, torch_threads()); });
+    or_say("project: out of memory", [&] { cpu::project(job, torch_threads()); });
   }
   static void apply(const ApplyJob& job, const Tensor&) {
-    const bool done = with_torch_errors("apply: out of memory; the parameters are untouched",
-                                        [&] { return cpu::apply(job, torch_threads()); });
+    const bool done =
+        or_say("apply: out of memory; the parameters are untouched", [&] { return cpu::apply(job, torch_threads()); });
     STD_TORCH_CHECK(done, "apply: gamma has a NaN or infinity; the parameters are untouched");
   }
   static void basis(const BasisJob& job, const Tensor&) {
-    with_torch_errors("basis: out of memory", [&] { cpu::basis(job, torch_threads()); });
+    or_say("basis: out of memory", [&] { cpu::basis(job, torch_threads()); });
   }
 };
 
@@ -64,7 +62,7 @@ std::tuple<Tensor, Tensor> pack(Tensor gammas, Tensor blocks, int64_t total, int
                        packing,
                        static_cast<uint8_t*>(codes.data_ptr()),
                        static_cast<float*>(scales.data_ptr())};
-  with_torch_errors("pack: out of memory", [&] { cpu::pack(job, torch_threads()); });
+  or_say("pack: out of memory", [&] { cpu::pack(job, torch_threads()); });
   return {codes, scales};
 }
 
@@ -81,16 +79,16 @@ std::tuple<Tensor, Tensor> unpack(Tensor codes, Tensor scales, Tensor blocks, in
                          packed,
                          static_cast<float*>(values.data_ptr()),
                          static_cast<int64_t*>(columns.data_ptr())};
-  with_torch_errors("unpack: out of memory", [&] { cpu::unpack(job, torch_threads()); });
+  or_say("unpack: out of memory", [&] { cpu::unpack(job, torch_threads()); });
   return {values, columns};
 }
 
 std::string cpu_isa() {
-  return with_torch_errors("cpu_isa: out of memory", [] { return cpu::active_isa(); });
+  return or_say("cpu_isa: out of memory", [] { return cpu::active_isa(); });
 }
 
 void set_cpu_isa(std::string name) {
-  with_torch_errors("set_cpu_isa: out of memory", [&] { cpu::set_isa(name); });
+  or_say("set_cpu_isa: out of memory", [&] { cpu::set_isa(name); });
 }
 
 bool threads_in_use() { return pool_in_use; }
