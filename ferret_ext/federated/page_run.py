@@ -174,6 +174,7 @@ def _sent(history: Sequence[RoundMetrics], messages: Sequence[tuple[str, Message
         size = f"{len(wire.encode(message)):,}"
         for name, value in message.values.items() or [("nothing but its head", b"")]:
             rows.append((way, name, value_in_words(value), size))
+            way = size = ""  # of the message, not of each value
     turns = sum(len(row.clients) for row in history) or 1
     up, down = (
         sum(getattr(row, f"payload_bytes_{way}") for row in history) / turns for way in ("up", "down")

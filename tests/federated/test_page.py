@@ -100,7 +100,9 @@ def test_a_finished_run_has_its_page(small_run: Path) -> None:
     assert [it["bytes up"] for it in told] == [f"{row['payload_bytes_up']:,}" for row in rows]
     assert ["ferret.K", "64", "4096"] in read.tables["Configuration"]
     assert len(read.tables["All settings"]) > len(read.tables["Configuration"]) > 10
-    assert any("float32 [64]" in cells[2] for cells in read.tables["What was sent"])
+    sent = read.tables["What was sent"]
+    assert any("float32 [64]" in cells[2] for cells in sent)
+    assert len({cells[0] for cells in sent if cells[0]}) == sum(cells[3] != "" for cells in sent) < len(sent)
     assert {"torch", "processor"} <= {cells[0] for cells in read.tables["Environment"]}
     assert [cells[0] for cells in read.tables["Who holds what"]] == ["client", "0", "1", "2", "3"]
     assert read.elements.count("svg") == 5
