@@ -546,6 +546,6 @@ def build(given: Iterable[Setting], required: Iterable[str] = ("model", "data", 
     config = settings.fill(SimulationConfig, given)
     for key in required:
         if not getattr(config, key):
-            raise ConfigError(f"{key}: expected a value, got none; give --{key}")
+            raise ConfigError(f"{key}: expected a value, got none; give {key}=..")
     compatibility.check(config)
     return config

@@ -171,6 +171,14 @@ def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "folder: expected one of a run, with config.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("typed", ["simulate", "simulate --dry-run", "join host:1 --clients 0"])
+def test_a_setting_that_is_needed_is_named_as_every_command_takes_it(
+    typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed.split()) == 2
+    assert "model: expected a value, got none; give model=.." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_scripts_are_the_shells_language(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shell: str

@@ -83,7 +83,7 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("ronds", 4, "ronds: no such setting .* did you mean rounds?"),
         ("K", 4, "K: no such setting .* did you mean ferret.K?"),
         ("zzz", 4, "zzz: no such setting .* the keys are model, data"),
-        ("model", "", "model: expected a value, got none; give --model"),
+        ("model", "", r"model: expected a value, got none; give model=\.\."),
         ("partition.kind", "dirichlet", "partition.column: expected a column for partition.kind dirichlet"),
         ("partition.kind", "lda", "partition.kind: expected auto or iid or dirichlet or natural-id or"),
         ("partition.min_size", -1, "partition.min_size: expected an integer or none and >= 0, got -1"),

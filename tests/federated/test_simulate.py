@@ -199,7 +199,7 @@ def test_simulate_refuses_with_one_line(
 
 
 def test_simulate_needs_model_data_and_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "model: expected a value, got none; give --model" in refusal(capsys)
+    assert "model: expected a value, got none; give model=.." in refusal(capsys)
     assert "out: expected a value" in refusal(capsys, "--preset", "demo")
 
 
