@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, get_type_hints
@@ -16,7 +15,15 @@ from ferret_ext.federated import config as configuration
 from ferret_ext.federated import presets
 from ferret_ext.federated.explain import REFUSED
 from ferret_ext.federated.presets import PRESETS
-from ferret_ext.federated.settings import Leaf, Setting, expected, read_override, read_yaml
+from ferret_ext.federated.settings import (
+    Leaf,
+    Setting,
+    closest,
+    expected,
+    nearest,
+    read_override,
+    read_yaml,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,19 +77,12 @@ class Parser(argparse.ArgumentParser):
         """What is near to the first word that is not understood."""
         if unknown := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             flags = [it.removeprefix("--") for action in self._actions for it in action.option_strings]
-            ends = [flag for flag in flags if flag.lower().endswith(f".{unknown[1].lower()}")]
-            near = [f"--{flag}" for flag in closest(unknown[1], flags) or ends[:1]]
+            near = [f"--{flag}" for flag in nearest(unknown[1], flags)]
         elif unknown := re.search("invalid choice: '([^']*)'", message):
             near = closest(unknown[1], [str(it) for action in self._actions for it in action.choices or ()])
         else:
             near = []
-        return f"; did you mean {near[0]}?" if near else ""
-
-
-def closest(word: str, known: Iterable[str]) -> list[str]:
-    """The known word that is nearest to this one, whatever its capitals; none if nothing is near."""
-    by_small = {name.lower(): name for name in known}
-    return [by_small[name] for name in difflib.get_close_matches(word.lower(), by_small, n=1)]
+        return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def make_parser(command: str, description: str, examples: str, usage: str | None = None) -> Parser:

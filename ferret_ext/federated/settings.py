@@ -103,9 +103,22 @@ def one_line(error: BaseException) -> str:
 def read_override(text: str) -> Setting:
     """`key=value` as a setting. Raises ConfigError."""
     key, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, e.g. rounds=5 or ferret.K=4096")
     return key.strip(), value
+
+
+def nearest(key: str, known: Iterable[str]) -> list[str]:
+    """The known keys that end with this one, else the one that is spelled most like it, if any is."""
+    keys = list(known)
+    ends = [name for name in keys if name.lower().endswith(f".{key.lower()}")]
+    return ends or closest(key, keys)
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """The known word that is nearest to this one, whatever its capitals; none if nothing is near."""
+    by_small = {name.lower(): name for name in known}
+    return [by_small[name] for name in difflib.get_close_matches(word.lower(), by_small, n=1)]
 
 
 def expected(leaf: Leaf) -> str:
@@ -190,8 +203,8 @@ def _unknown(key: str, value: Any, known: Mapping[str, Leaf]) -> str:
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"{key}: expected a section with the keys {', '.join(inside)}, got {value!r}"
-    near = difflib.get_close_matches(key, known, n=1) or [name for name in known if name.endswith(f".{key}")]
-    hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
+    near = nearest(key, known)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; ferret simulate --help lists all"
     return f"{key}: no such setting (got {value!r}){hint}"
 
 

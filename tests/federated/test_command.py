@@ -92,6 +92,11 @@ def test_errors_take_one_line(
         ),
         ("simulate --K 3", "did you mean --ferret.K?"),
         ("simulate --ferret.k=3", "did you mean --ferret.K?"),
+        (
+            "simulate --learning-rate 3",
+            "did you mean --training.learning-rate or --zeroth-order.learning-rate?",
+        ),
+        ("simulate --optim adam", "did you mean --training.optim or --server.optim?"),
         ("simulate --nothing-like-it", "unrecognized arguments: --nothing-like-it; ferret simulate --help"),
         ("simulate --preset small/gsm", "did you mean small/gsm8k?"),
         ("simulate --model", "--model: expected one argument"),

@@ -82,7 +82,10 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("evaluation.scores", 7, "evaluation.scores: expected .*, got 7"),
         ("ronds", 4, "ronds: no such setting .* did you mean rounds?"),
         ("K", 4, "K: no such setting .* did you mean ferret.K?"),
-        ("zzz", 4, "zzz: no such setting .* the keys are model, data"),
+        ("learning_rate", 3, r"did you mean training.learning_rate or zeroth_order.learning_rate\?"),
+        ("optim", "adam", r"did you mean training.optim or server.optim\?"),
+        ("k", 4, r"did you mean ferret.K\?"),
+        ("lr", 3, r"lr: no such setting \(got 3\); ferret simulate --help lists all$"),
         ("model", "", r"model: expected a value, got none; give model=\.\."),
         ("partition.kind", "dirichlet", "partition.column: expected a column for partition.kind dirichlet"),
         ("partition.kind", "lda", "partition.kind: expected auto or iid or dirichlet or natural-id or"),
@@ -127,8 +130,9 @@ def test_read_yaml_says_what_is_wrong(tmp_path: Path, content: str) -> None:
 
 def test_read_override_splits_at_the_first_equals_sign() -> None:
     assert read_override("dataset.prompt=a=b") == ("dataset.prompt", "a=b")
-    with pytest.raises(ConfigError, match="override 'rounds': expected key=value"):
-        read_override("rounds")
+    for text in ("rounds", "=3"):
+        with pytest.raises(ConfigError, match=f"override '{text}': expected key=value"):
+            read_override(text)
 
 
 def test_every_setting_has_a_help_text_and_a_default_in_its_range() -> None:
