@@ -123,23 +123,31 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 def expected(leaf: Leaf) -> str:
     """In words, which values a setting takes."""
-    bounds = {"at_least": ">=", "above": ">", "at_most": "<="}
-    limits = [
-        f"{bounds[name]} {limit:g}"
-        for name, limit in leaf.limits.items()
-        if limit is not None and limit < 2**31
-    ]
-    return " and ".join([_describe(leaf.hint), *limits])
+    return _describe(leaf.hint, leaf.limits)
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: Any, limits: Mapping[str, float | None]) -> str:
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
+        return " or ".join(_describe(option, limits) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
     if get_origin(hint) is tuple:
-        return f"none or, with commas between them, {_describe(get_args(hint)[0])}"
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, "none")
+        return f"none or, with commas between them, {_describe(get_args(hint)[0], limits)}"
+    if hint in (int, float):
+        kind = "an integer" if hint is int else "a number" if limits["at_most"] else "a finite number"
+        return f"{kind} {_bounds(limits)}".rstrip()
+    return {str: "text", bool: "true or false"}.get(hint, "none")
+
+
+def _bounds(limits: Mapping[str, float | None]) -> str:
+    signs = {"at_least": ">=", "above": ">", "at_most": "<="}
+    return " and ".join(
+        f"< 2^{limit.bit_length()}"  # all that many bits hold
+        if isinstance(limit, int) and limit >= 2**31
+        else f"{signs[name]} {limit:g}"
+        for name, limit in limits.items()
+        if limit is not None
+    )
 
 
 def _convert(leaf: Leaf, value: Any) -> Any:

@@ -174,7 +174,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rounds=0"], "rounds: expected an integer and >= 1, got '0'"),
+        (["rounds=0"], "rounds: expected an integer >= 1 and < 2^32, got '0'"),
         (["ronds=3"], "did you mean rounds?"),
         (
             ["ferret.K=2", "ferret.granularity=tensor"],
