@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from ferret_ext import __version__
 from ferret_ext.federated import completion, deploy, presets, tools
@@ -23,7 +24,7 @@ from ferret_ext.federated.command import (
     with_saved,
 )
 from ferret_ext.federated.explain import REFUSED, STATUSES, explain
-from ferret_ext.federated.settings import ConfigError, Setting
+from ferret_ext.federated.settings import ConfigError, Setting, closest
 
 COMPARISON_WIDTH = 160  # of a table where the output is no terminal
 
@@ -222,6 +223,7 @@ def run_comparison(options: argparse.Namespace) -> int:
     variants = options.variants or presets.variants_of(options.preset)
     if not variants:
         raise ConfigError("variants: expected some, got none; give --variants or a --preset that has them")
+    _check_variants(variants)
     own = read_settings(options, with_preset=False)
 
     def settings_of(variant: str) -> list[Setting]:
@@ -252,6 +254,15 @@ def run_comparison(options: argparse.Namespace) -> int:
     show_comparison(console, compare.table(rows, target))
     say(f"results: {out}")
     return REFUSED if failed else 0
+
+
+def _check_variants(variants: Sequence[str]) -> None:
+    algorithms = get_args(get_type_hints(configuration.SimulationConfig)["algorithm"])
+    known = [*algorithms, presets.REFERENCE_CODE, presets.SHARED_ROUND]
+    for variant in variants:
+        if variant not in known:
+            near = "".join(f"; did you mean {name}?" for name in closest(variant, known))
+            raise ConfigError(f"variants: expected some of {', '.join(known)}, got {variant!r}{near}")
 
 
 def run_evaluation(options: argparse.Namespace) -> int:

@@ -161,7 +161,18 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         if _within(converted, leaf.limits):
             return converted
         break
-    raise ConfigError(f"{leaf.key}: expected {expected(leaf)}, got {value!r}")
+    near = closest(value, _words(leaf.hint)) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{leaf.key}: expected {expected(leaf)}, got {value!r}{hint}")
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The words that a type takes, alone or among other things."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from _words(part)
 
 
 def _read_as(hint: Any, value: Any) -> Any:

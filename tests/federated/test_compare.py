@@ -161,8 +161,15 @@ def test_rounds_to_a_target() -> None:
 def test_compare_refuses_what_it_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *SMALL, "--out", str(tmp_path / "out")]) == 2
     assert "variants: expected some, got none" in capsys.readouterr().err
-    assert main(["compare", *SMALL, "--variants", "fedsgd", "--out", str(tmp_path / "out")]) == 2
-    assert "algorithm: expected ferret or fedavg" in capsys.readouterr().err
+    for variants, said in (
+        ("ferret,foo", "ferret-reference-code, ferret-shared-round, got 'foo'\n"),
+        ("FedAvg", "got 'FedAvg'; did you mean fedavg?"),
+        ("ferret-shared", "got 'ferret-shared'; did you mean ferret-shared-round?"),
+    ):
+        assert main(["compare", *SMALL, "--variants", variants, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "variants: expected some of ferret, fedavg" in error
+        assert said in error
     assert not (tmp_path / "out").exists()
 
 
