@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ferret_ext.federated import draws
 from ferret_ext.federated.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def check(config: SimulationConfig) -> None:
         _check_rounding(config)
     _check_privacy(config)
     _check_server(config)
+    if config.num_clients is not None:  # else it is checked once the data has said it
+        check_quorum(config, config.num_clients)
     if config.federation.min_deadline > config.federation.max_deadline:
         raise ConfigError(
             f"federation.min_deadline: expected at most federation.max_deadline, which is "
@@ -64,6 +67,17 @@ def check(config: SimulationConfig) -> None:
         raise ConfigError(
             "zeroth_order.perturbation: expected in_place or auto where zeroth_order.generator is torch, got "
             "layerwise; only the streams give a direction layer by layer"
+        )
+
+
+def check_quorum(config: SimulationConfig, clients: int) -> None:
+    """Whether a round of so many clients can have the updates that it must. Raises ConfigError."""
+    drawn = draws.count(clients, config.client_fraction, config.federation.over_selection)
+    most = clients if config.privacy.sampling == "secret" else drawn
+    if config.robust.quorum > most:
+        raise ConfigError(
+            f"robust.quorum: expected at most {most}, the clients that a round draws of {clients}, got "
+            f"{config.robust.quorum}"
         )
 
 

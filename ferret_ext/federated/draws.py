@@ -10,6 +10,11 @@ import numpy as np
 from ferret_ext.federated.seeds import derive
 
 
+def count(clients: int, fraction: float, over_selection: float = 0.0) -> int:
+    """How many of so many clients a round draws. over_selection: share that is drawn beyond `fraction`."""
+    return min(clients, math.ceil(max(1, round(fraction * clients)) * (1 + over_selection)))
+
+
 class Draws:
     """So many of the clients each round, by a seed that everybody knows.
 
@@ -24,9 +29,9 @@ class Draws:
     ) -> None:
         """over_selection: share of clients that are drawn beyond `fraction`."""
         self.clients = clients
-        self.wanted = max(1, round(fraction * len(clients)))
+        self.wanted = count(len(clients), fraction)
         self.expected = float(self.wanted)
-        self._count = min(len(clients), math.ceil(self.wanted * (1 + over_selection)))
+        self._count = count(len(clients), fraction, over_selection)
         self._seed = seed
 
     def of_round(self, round_: int) -> list[int]:

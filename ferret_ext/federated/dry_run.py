@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ferret_ext.federated import adapters, estimate, models
+from ferret_ext.federated import adapters, compatibility, estimate, models
 from ferret_ext.federated.algorithms.base import trainable
 from ferret_ext.federated.config import SimulationConfig
 from ferret_ext.federated.units import in_words
@@ -23,6 +23,8 @@ SHOWN_BLOCKS = 3
 def describe(config: SimulationConfig) -> Iterator[str]:
     """Lines on what the run of this config will be and take. Raises ConfigError."""
     config = adapters.resolve(config)
+    if (clients := estimate.clients_of(config)) is not None:
+        compatibility.check_quorum(config, clients)
     base = models.skeleton(config.model, config.dtype)
     full = models.trainable_bytes(base)
     model = adapters.attach_blank(base, config)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ferret_ext.federated import accounting, adapters, algorithms, digests, models
+from ferret_ext.federated import accounting, adapters, algorithms, compatibility, digests, models
 from ferret_ext.federated.algorithms.base import Algorithm
 from ferret_ext.federated.client import LocalTrainer, OptimizerStates
 from ferret_ext.federated.config import FREE_SETTINGS, SimulationConfig
@@ -118,9 +118,10 @@ def lead(
 ) -> Result:
     """The server's side of a run of so many clients: all rounds, or those that its journal lacks.
 
-    Raises DivergedError and RunError.
+    Raises ConfigError, DivergedError and RunError.
     """
     config = start.config
+    compatibility.check_quorum(config, clients)
     journal = open_journal(start.genesis, start.trainer.states) if open_journal else NoJournal()
     accountant = accounting.of(config, clients)
     rounds = accountant.affordable() if accountant else config.rounds

@@ -14,6 +14,7 @@ from ferret_ext.federated.presets import PRESETS, settings_of
 from ferret_ext.federated.settings import ConfigError, read_override, read_yaml
 
 NEEDED = [("model", "m"), ("data", "d"), ("out", "o")]
+HALF_OF_SIX = [("num_clients", 6), ("client_fraction", 0.5)]
 
 
 def test_build_takes_dotted_settings_and_the_later_wins() -> None:
@@ -95,6 +96,7 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
         ("partition.min_size", -1, "partition.min_size: expected an integer >= 0 or none, got -1"),
         ("seed", 2**63, r"seed: expected an integer >= 0 and < 2\^63, got 9223372036854775808"),
         ("num_clients", 0, r"num_clients: expected an integer >= 1 and < 2\^32 or none, got 0"),
+        ("robust.quorum", 4, "robust.quorum: expected at most 3, the clients that a round draws of 6, got 4"),
         ("dataset.protocol", "ni", "dataset.protocol: expected none or natural-instructions or dolly or"),
         ("dataset.prompt", "{q}", "dataset.prompt: expected together with dataset.response"),
         (
@@ -106,7 +108,7 @@ def test_build_reads_values_in_the_settings_type(key: str, value: Any, read: Any
 )
 def test_build_names_key_expected_and_got(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build([*NEEDED, (key, value)])
+        build([*NEEDED, *HALF_OF_SIX, (key, value)])
 
 
 def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:

@@ -135,6 +135,14 @@ def test_dry_run_needs_neither_data_nor_folder(
     assert said in capsys.readouterr().out
 
 
+def test_dry_run_checks_the_quorum_against_the_clients_of_the_protocol(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["--preset", "demo", "--num-clients", "none", "robust.quorum=4"]
+    assert main(["simulate", *settings, "--dry-run"]) == 2
+    assert "robust.quorum: expected at most 3, the clients" in capsys.readouterr().err
+
+
 def test_dry_run_of_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--model", str(tmp_path / "none"), "--dry-run"]) == 2
     assert "model: expected a folder or a hub name" in capsys.readouterr().err

@@ -224,6 +224,8 @@ def test_simulate_keeps_a_folder_with_something_in_it(
         ["--model", "/absent"],
         ["--data", "absent.jsonl"],
         ["ferret.K=2", "ferret.granularity=tensor"],
+        ["robust.quorum=3"],
+        ["robust.quorum=3", "num_clients=none"],
     ],
 )
 def test_refused_run_leaves_its_folder_as_it_was(
