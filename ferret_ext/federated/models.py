@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -65,12 +66,12 @@ def pick_device(name: str) -> torch.device:
     times and memory are measured. Raises ConfigError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: expected one of {torch.cuda.device_count()} visible GPUs, got {name!r}")
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        known = f"one of {count} visible GPUs" if count else "auto or cpu, as this torch sees no GPU"
+        raise ConfigError(f"device: expected {known}, got {name!r}")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -107,10 +107,18 @@ def test_saved_tiny_llama_is_a_transformers_folder(tmp_path: Path) -> None:
 def test_pick_device_says_what_it_expects() -> None:
     assert models.pick_device("cpu") == CPU
     assert models.pick_device("auto").type in {"cpu", "cuda"}
-    with pytest.raises(ConfigError, match="device: expected auto, cpu, cuda or cuda:N, got 'tpv'"):
-        models.pick_device("tpv")
-    with pytest.raises(ConfigError, match=r"device: expected one of \d+ visible GPUs, got 'cuda:99'"):
-        models.pick_device("cuda:99")
+    for name in ("tpv", "", "meta", "mps", "cpu:3", "cuda:", "cuda:-1", "cuda:٣", "cuda:01", "cuda:999"):
+        with pytest.raises(ConfigError, match=f"device: expected auto, cpu, cuda or cuda:N, got '{name}'"):
+            models.pick_device(name)
+
+
+def test_pick_device_says_how_many_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="device: expected one of 2 visible GPUs, got 'cuda:2'"):
+        models.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="expected auto or cpu, as this torch sees no GPU, got 'cuda'"):
+        models.pick_device("cuda")
 
 
 def test_the_gpu_that_is_picked_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
