@@ -161,6 +161,11 @@ def _source(name: str, allow_pickle: bool) -> str:
     folder = Path(name).expanduser()
     if name.startswith("builtin:"):
         raise ConfigError(f"model: expected {TINY_LLAMA}, got {name!r}")
+    if folder.is_file():
+        raise ConfigError(
+            f"model: expected a folder or a hub name, got {name!r}, which is a file; give its folder, "
+            f"{str(folder.parent)!r}"
+        )
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
     if folder.is_dir():

@@ -50,6 +50,10 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         models.load("/absent/model", "float32", CPU, 0)
     with pytest.raises(ConfigError, match="model: expected a causal language model with its tokenizer"):
         models.load(str(tmp_path), "float32", CPU, 0)
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    with pytest.raises(ConfigError, match=f"which is a file; give its folder, '{tmp_path}'"):
+        models.load(str(weights), "float32", CPU, 0)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
