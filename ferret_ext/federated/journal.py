@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from ferret_ext.federated.errors import LedgerError
 from ferret_ext.federated.ledger import Ledger
 from ferret_ext.federated.metrics import Outcome, Rejection, RoundMetrics
 from ferret_ext.federated.server import Server
+from ferret_ext.federated.settings import Setting, flatten
 from ferret_ext.federated.snapshots import Optimizers, Snapshots, message_of
 from ferret_ext.federated.wire import Message, WireError
 
@@ -126,14 +127,16 @@ class FolderJournal:
 
     def _check_run(self, opening: Message, server: Server[Any]) -> None:
         base, config = opening.value("base", bytes), opening.value("config", str)
+        begun = f"ledger: expected the run that {self._folder} holds"
         if base != self._genesis.base:
             raise LedgerError(
                 f"ledger: expected the base model of SHA-256 {base.hex()}, got {self._genesis.base.hex()}"
             )
-        if config != self._genesis.config or opening.value("broadcast", bytes) != server.broadcasts[0]:
-            raise LedgerError(
-                f"ledger: expected the run that {self._folder} holds, got one of other settings"
-            )
+        if config != self._genesis.config:
+            saved, wanted = flatten(_object(config)), flatten(_object(self._genesis.config))
+            raise LedgerError(other_settings(self._folder, saved, wanted) or f"{begun}, got other settings")
+        if opening.value("broadcast", bytes) != server.broadcasts[0]:
+            raise LedgerError(f"{begun}, got another first broadcast")
 
     def _release(self, server: Server[Any], round_: int) -> None:
         """Has the server read a former round's broadcast from the ledger, should a client come late."""
@@ -169,6 +172,28 @@ class FolderJournal:
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return outcome
         return dataclasses.replace(outcome, **seconds)  # type: ignore[arg-type]
+
+
+def other_settings(folder: Path, saved: Iterable[Setting], wanted: Iterable[Setting]) -> str:
+    """The first setting in which a run to go on with differs from the one that its folder holds, and what
+    helps; "" if there is none."""
+    theirs = dict(saved)
+    for key, value in wanted:
+        if theirs.get(key) != (list(value) if isinstance(value, tuple) else value):
+            return (
+                f"{key}: expected {theirs.get(key)!r}, as in the run that {str(folder)!r} has part of, got "
+                f"{value!r}; a run is resumed with its own settings (--config)"
+            )
+    return ""
+
+
+def _object(text: str) -> dict[str, Any]:
+    """What JSON says, if that is settings; a ledger's may be anything."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 # ---- records ----

@@ -139,15 +139,10 @@ class RunFolder(ResultFolder):
 
     def _check_config(self) -> None:
         """Raises ConfigError unless the folder's run has the settings of this one."""
-        saved = dict(read_yaml(self.path / "config.yaml"))
-        wanted = dict(flatten(asdict(self._config)))
-        for key, value in wanted.items():
-            same = saved.get(key) == (list(value) if isinstance(value, tuple) else value)
-            if not same and key.partition(".")[0] not in FREE_SETTINGS:
-                raise ConfigError(
-                    f"{key}: expected {saved.get(key)!r}, as in the run that {str(self.path)!r} has part of, "
-                    f"got {value!r}; a run is resumed with its own settings (--config)"
-                )
+        settings = flatten(asdict(self._config))
+        wanted = ((key, value) for key, value in settings if key.partition(".")[0] not in FREE_SETTINGS)
+        if text := journal.other_settings(self.path, read_yaml(self.path / "config.yaml"), wanted):
+            raise ConfigError(text)
 
     def _repair(self) -> list[RoundMetrics]:
         """The metrics of rounds 0, 1, .. as far as they are whole; what comes after them is removed."""

@@ -186,6 +186,19 @@ def test_another_run_is_not_resumed(
     assert (tmp_path / "ledger").read_bytes() == before
 
 
+def test_settings_that_were_changed_in_the_folder_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_after(monkeypatch, 2)
+    simulate(tmp_path, "ferret")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(saved.read_text().replace("learning_rate: 0.01\n", "learning_rate: 0.02\n"))
+    assert main(["resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"training.learning_rate: expected 0.01, as in the run that '{tmp_path}' has part of" in said
+    assert "got 0.02; a run is resumed with its own settings" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
