@@ -198,6 +198,11 @@ def run_resumption(options: argparse.Namespace) -> int:
     """The rest of a run."""
     saved = options.folder / "config.yaml"
     if not saved.is_file():
+        if any(options.folder.glob("*/seed-*")):
+            raise ConfigError(
+                f"folder: expected one of a run, got {str(options.folder)!r}, which is a comparison's; it "
+                "goes on when its ferret compare command is repeated"
+            )
         raise ConfigError(f"folder: expected one of a run, with config.yaml, got {str(options.folder)!r}")
     arguments = ["--config", str(saved), "--out", str(options.folder), "--resume"]
     return run_simulation(simulate_parser().parse_args(arguments))

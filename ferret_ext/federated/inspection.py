@@ -58,7 +58,8 @@ def describe_run(folder: Path) -> Iterator[str]:
     config = dict(read_yaml(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
     rows = _rounds(folder)
     done, planned = (rows[-1]["round"] if rows else 0), config.get("rounds", "?")
-    state = "finished" if (folder / "run.json").exists() else "not finished; ferret resume goes on"
+    finished = (folder / "run.json").exists()
+    state = "finished" if finished else "not finished"
     yield f"run {folder}: {done} of {planned} rounds, {state}"
     yield "  " + ", ".join(f"{key}={config[key]}" for key in TOLD if key in config)
     sizes = {
@@ -73,8 +74,10 @@ def describe_run(folder: Path) -> Iterator[str]:
             f"  evaluation loss {first:.4f} before training, {last:.4f} after round {done}; "
             f"{up:,} bytes up, {down:,} down"
         )
-    if (folder / journal.LEDGER).exists():
+    if (folder / journal.LEDGER).exists() or (folder / journal.HEAD).exists():
         yield from describe_ledger(folder / journal.LEDGER)
+    if not finished:
+        yield f"ferret resume {folder} goes on"
 
 
 def describe_ledger(path: Path) -> Iterator[str]:

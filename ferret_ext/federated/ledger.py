@@ -50,6 +50,7 @@ _ROUND = {
     **dict.fromkeys(("bytes_up", "bytes_down"), int),
 }
 
+HELP = "take both files from a copy, or begin the run anew (ferret simulate --overwrite)"
 OPTIONAL = ("train_loss", "epsilon", "delta")  # of every round but 0, floats
 
 
@@ -84,6 +85,7 @@ class Ledger:
         head = read_head(path)
         if head is None:
             raise LedgerError(f"ledger: expected {_head_of(path)}, got none")
+        _check_there(path, head)
         with _speaking(path):
             file = _locked(path)
         places = [0]
@@ -139,8 +141,7 @@ def read(path: Path, head: str | None = None) -> Iterator[Message]:
     `ledger.head`, all records are taken as they come. Raises LedgerError.
     """
     known = read_head(path)
-    if not path.is_file():
-        raise LedgerError(f"ledger: expected a file, got {str(path)!r}, which is none")
+    _check_there(path, known)
     previous, count, end = ZERO_HASH, 0, 0
     with _speaking(path), path.open("rb") as file:
         while known is None or count < known.records:
@@ -153,13 +154,14 @@ def read(path: Path, head: str | None = None) -> Iterator[Message]:
             yield record
     if known is not None and known.bytes != end:
         raise LedgerError(
-            f"ledger: expected {known.records} records of {known.bytes} bytes in {path}, got {end} bytes"
+            f"ledger: expected {known.records} records of {known.bytes} bytes in {path}, got {end} bytes; "
+            f"{HELP}"
         )
     for expected in (known and known.sha256, head):
         if expected is not None and previous.hex() != expected:
             raise LedgerError(
                 f"ledger: expected {path} to end with a record of SHA-256 {expected}, got {previous.hex()}: "
-                "records were changed or cut off"
+                f"records were changed or cut off; {HELP}"
             )
 
 
@@ -172,13 +174,24 @@ def read_head(path: Path) -> Head | None:
         if not beside.is_file() or beside.stat().st_size > MAX_HEAD_FILE:
             raise ValueError(f"expected a file of at most {MAX_HEAD_FILE} bytes")
         said = json.loads(beside.read_text("utf-8"))
-        head = Head(**said)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise LedgerError(f"ledger: {beside} cannot be read: {error}") from None
-    fits = (type(head.records), type(head.bytes), type(head.sha256)) == (int, int, str)
-    if not fits or min(head.records, head.bytes) < 1 or not re.fullmatch("[0-9a-f]{64}", head.sha256):
-        raise LedgerError(f"ledger: {beside} must say records, bytes and sha256, got {said}")
-    return head
+    except (OSError, ValueError, RecursionError) as error:
+        raise LedgerError(f"ledger: {beside} cannot be read: {error}; {HELP}") from None
+    kinds = {name: type(value) for name, value in said.items()} if isinstance(said, dict) else {}
+    if (
+        kinds != {"records": int, "bytes": int, "sha256": str}
+        or min(said["records"], said["bytes"]) < 1
+        or not re.fullmatch("[0-9a-f]{64}", said["sha256"])
+    ):
+        raise LedgerError(f"ledger: {beside} must say records, bytes and sha256, got {said!r:.80}; {HELP}")
+    return Head(**said)
+
+
+def _check_there(path: Path, known: Head | None) -> None:
+    if path.is_file():
+        return
+    if known and not path.exists():
+        raise LedgerError(f"ledger: {path} is missing, of which {_head_of(path).name} is there; {HELP}")
+    raise LedgerError(f"ledger: expected a file, got {str(path)!r}, which is none")
 
 
 def check(record: Message) -> None:
@@ -223,7 +236,7 @@ def _next(path: Path, file: IO[bytes], count: int, known: Head | None) -> bytes 
     left = os.fstat(file.fileno()).st_size - file.tell()
     length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else left + 1
     if length > left:
-        raise LedgerError(f"ledger: {path} is cut off in record {count}")
+        raise LedgerError(f"ledger: {path} is cut off in record {count}; {HELP}")
     return file.read(length)
 
 
@@ -237,7 +250,7 @@ def _record(path: Path, data: bytes, count: int, previous: bytes) -> Message:
         if record.value("previous", bytes) != previous:
             raise WireError("does not follow from the one before")
     except WireError as error:
-        raise LedgerError(f"{where}: {error}") from None
+        raise LedgerError(f"{where}: {error}; {HELP}") from None
     return record
 
 

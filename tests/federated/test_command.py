@@ -174,6 +174,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resume", str(tmp_path)]) == 2
     assert "folder: expected one of a run, with config.yaml" in capsys.readouterr().err
+    (tmp_path / "fedavg" / "seed-0").mkdir(parents=True)
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "goes on when its ferret compare command is repeated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed", ["simulate", "simulate --dry-run", "join host:1 --clients 0"])

@@ -122,6 +122,20 @@ def test_what_cannot_be_read_is_said_in_one_line(
     assert "which has no config.yaml and no ledger" in capsys.readouterr().err
 
 
+def test_a_run_that_can_go_on_is_told_so_and_a_broken_one_is_not(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "ledger", "ledger.head"):
+        shutil.copy(small_run / name, tmp_path)
+    assert inspect(capsys, tmp_path).splitlines()[-1] == f"ferret resume {tmp_path} goes on"
+    (tmp_path / "ledger").unlink()
+    assert main(["inspect", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert f"ledger: {tmp_path / 'ledger'} is missing" in shown.err
+    assert "not finished" in shown.out
+    assert "resume" not in shown.out
+
+
 def test_a_changed_ledger(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bytearray((small_run / "ledger").read_bytes())
     data[-100] ^= 1

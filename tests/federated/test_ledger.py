@@ -92,7 +92,7 @@ def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(LedgerError):
+        with pytest.raises(LedgerError, match="take both files from a copy, or begin the run anew"):
             list(ledger.read(path))
 
 
@@ -161,12 +161,12 @@ def test_a_ledger_cut_with_its_head_is_noticed_by_who_knows_the_hash(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"records": 1}', '{"records": 0, "bytes": 1, "sha256": ""}', '"x"', "1"]
+    "text", ["", "{", "{}", "[]", '{"records": 1}', '{"records": 0, "bytes": 1, "sha256": ""}', '"x"', "1"]
 )
 def test_a_damaged_head_is_named(tmp_path: Path, text: str) -> None:
     written(tmp_path / "ledger")
     (tmp_path / "ledger.head").write_text(text)
-    with pytest.raises(LedgerError, match=r"ledger\.head"):
+    with pytest.raises(LedgerError, match=r"ledger\.head (cannot be read|must say records).*; take both"):
         Ledger.open(tmp_path / "ledger")
 
 
@@ -175,6 +175,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         list(ledger.read(tmp_path / "absent"))
     with pytest.raises(LedgerError, match=r"expected .*absent.head, got none"):
         Ledger.open(tmp_path / "absent")
+    written(tmp_path / "ledger")
+    (tmp_path / "ledger").unlink()
+    for opened in (Ledger.open, lambda path: list(ledger.read(path))):
+        with pytest.raises(LedgerError, match=r"ledger is missing, of which ledger\.head is there; take"):
+            opened(tmp_path / "ledger")
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
