@@ -99,7 +99,9 @@ class LocalTrainer:
         return losses
 
 
-DIVERGED = "training diverged, loss or weights are not finite; lower training.learning_rate"
+DIVERGED = (
+    "training diverged, loss or weights are not finite; lower training.learning_rate or server_learning_rate"
+)
 
 
 def make_optimizer(params: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
