@@ -84,10 +84,22 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[Setting]:
             yield f"{prefix}{name}", value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:place]]:
+                problem = f"the key {key.value!r} a second time"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> list[Setting]:
     """The settings of a YAML file. Raises ConfigError."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _Loader)  # a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path}: expected readable YAML, got: {one_line(error)}") from None
     if not isinstance(content, Mapping):

@@ -124,7 +124,7 @@ def test_presets_are_valid(name: str) -> None:
     build([*NEEDED, *settings_of(name, "ferret")])
 
 
-@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text"])
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [", "just text", "a: 1\na: 2\n"])
 def test_read_yaml_says_what_is_wrong(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
@@ -132,6 +132,14 @@ def test_read_yaml_says_what_is_wrong(tmp_path: Path, content: str) -> None:
         read_yaml(path)
     with pytest.raises(ConfigError, match="expected readable YAML"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", ["rounds: 1\nseed: 2\nrounds: 3\n", "ferret:\n  K: 1\n  'K': 1\n"])
+def test_read_yaml_takes_no_key_twice(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"got: the key '(rounds|K)' a second time in .*, line 3"):
+        read_yaml(path)
 
 
 def test_read_override_splits_at_the_first_equals_sign() -> None:
