@@ -201,5 +201,6 @@ def _check_installed() -> None:
         import dp_accounting  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "privacy.noise: expected none unless dp-accounting is there (pip install 'ferret-ext[privacy]')"
+            "privacy.noise: expected none unless dp-accounting is there; in the source tree, pip install "
+            "'.[privacy]'"
         ) from None

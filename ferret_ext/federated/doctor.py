@@ -24,7 +24,13 @@ from ferret_ext.federated.settings import ConfigError
 from ferret_ext.federated.units import in_words
 
 Verdict = Literal["ok", "warning", "fails"]
-EXTRAS = ("peft", "rouge", "rouge-score", "flwr")
+EXTRAS = {  # what each brings
+    "peft": ("peft",),
+    "scores": ("rouge", "rouge-score"),
+    "flower": ("flwr",),
+    "secure": ("cryptography", "pycryptodome"),
+    "privacy": ("dp-accounting",),
+}
 SECONDS = 3.0  # to wait for another machine
 
 
@@ -75,11 +81,12 @@ def _versions() -> Finding:
 
 
 def _extras() -> Finding:
-    missing = [name for name in EXTRAS if not _installed(name)]
-    if missing:
-        text = f"{', '.join(missing)} not installed; in the source tree, pip install '.[peft,scores,flower]'"
-        return Finding("extras", "warning", text)
-    return Finding("extras", "ok", ", ".join(f"{name} {version(name)}" for name in EXTRAS))
+    """None of them is needed until a setting asks for it."""
+    there = [name for names in EXTRAS.values() for name in names if _installed(name)]
+    absent = ",".join(extra for extra, names in EXTRAS.items() if not {*names} <= {*there})
+    text = ", ".join(f"{name} {version(name)}" for name in there) or "none installed"
+    more = f"; for more, in the source tree, pip install '.[{absent}]'" if absent else ""
+    return Finding("extras", "ok", text + more)
 
 
 def _installed(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -182,3 +183,10 @@ def test_bad_promises_are_said() -> None:
     assert said.startswith("privacy: central noise of 2 times norm 1; epsilon ")
     assert "delta 0.1 is no less than one over 50 clients" in said
     assert "privacy: none, since privacy.noise_seed" in said
+
+
+def test_without_its_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    privacy = PrivacyConfig(noise="central", noise_multiplier=1.0)
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ConfigError, match=r"in the source tree, pip install '\.\[privacy\]'"):
+        accounting.resolve(SimulationConfig(num_clients=3, privacy=privacy))

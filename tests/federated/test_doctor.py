@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_a_healthy_machine_gets_a_line_for_everything(capsys: pytest.CaptureFixt
     for what in ("versions", "extras", "processor", "CUDA", "memory", "disk"):
         assert sum(f" {what}: " in line for line in lines) == 1
     assert f"torch {torch.__version__}" in lines[0]
+
+
+def test_extras_that_are_absent_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for extra, names in doctor.EXTRAS.items():
+        (needs,) = re.findall(rf"^{extra} = \[(.*)\]$", project, re.MULTILINE)
+        assert tuple(re.findall('"([a-z-]+)', needs)) == names
+    monkeypatch.setattr(doctor, "version", lambda name: "7")
+    monkeypatch.setattr(doctor, "_installed", lambda name: name not in ("rouge", "dp-accounting"))
+    text = "rouge-score 7, flwr 7, cryptography 7, pycryptodome 7; for more, in the source tree, pip install "
+    assert found("extras") == Finding("extras", "ok", f"peft 7, {text}'.[scores,privacy]'")
+    monkeypatch.setattr(doctor, "_installed", lambda name: False)
+    assert found("extras").text.startswith("none installed; for more, ")
+    assert found("extras").verdict == "ok"
 
 
 def test_wrong_bits_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
