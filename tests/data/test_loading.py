@@ -93,6 +93,14 @@ def test_held_records_belong_to_the_held_examples(tmp_path: Path) -> None:
     assert any(line.endswith("the first 2 are evaluated") for line in lines)
 
 
+def test_a_length_that_the_model_does_not_take_is_said(tmp_path: Path) -> None:
+    path = write_code(tmp_path / "code.json")
+    said = "data: examples have at most 1,024 tokens, as many as the model takes; dataset.max_length is 2,048"
+    for length, expected in ((2048, 1), (1024, 0)):
+        _, lines = loaded(path, **TEMPLATES, **{"dataset.max_length": length})
+        assert lines.count(said) == expected
+
+
 def test_small_values_are_left_out_and_counted(tmp_path: Path) -> None:
     languages = ["C"] * 40 + ["R", "Go", "R"] + ["Go"] * 20
     records = [{"instruction": "x", "output": f"{i}", "language": name} for i, name in enumerate(languages)]

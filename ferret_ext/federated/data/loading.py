@@ -46,7 +46,7 @@ def load(config: SimulationConfig, tokenizer: Any, max_length: int, say: Callabl
     counts = {TRAINING: training, EVALUATION: evaluation}
     records = source.records
     parts, holdings = _deal(config, source.protocol, records[TRAINING], counts, len(held))
-    for line in (*source.splits.notes, *_lines(holdings)):
+    for line in (*source.notes, *_lines(holdings)):
         say(line)
     return ClientData(
         shards=[[examples[i] for i in part] for part in parts],
@@ -64,7 +64,7 @@ def load_held(
     source = _Source(config, tokenizer, max_length)
     held, count = source.examples_of(EVALUATION)
     evaluated = held[: config.evaluation.max_samples]
-    for line in (*source.splits.notes, _evaluation_line(count, len(evaluated))):
+    for line in (*source.notes, _evaluation_line(count, len(evaluated))):
         say(line)
     return evaluated
 
@@ -75,7 +75,7 @@ def load_own(
     """All training examples of a party's own records, none of them held out. Raises DataError."""
     source = _Source(config, tokenizer, max_length, hold_out=False)
     examples, count = source.examples_of(TRAINING)
-    for line in (*source.splits.notes, f"data: {TRAINING}: {count}"):
+    for line in (*source.notes, f"data: {TRAINING}: {count}"):
         say(line)
     return examples
 
@@ -97,6 +97,18 @@ class _Source:
         self.splits = splits
         self.records = {TRAINING: self.splits.train, EVALUATION: self.splits.test or []}
         self._config, self._tokenizer, self._max_length = config, tokenizer, max_length
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before what was kept and dropped."""
+        wanted, taken = self._config.dataset.max_length, self._max_length
+        if taken >= wanted:
+            return self.splits.notes
+        short = (
+            f"data: examples have at most {taken:,} tokens, as many as the model takes; "
+            f"dataset.max_length is {wanted:,}"
+        )
+        return [short, *self.splits.notes]
 
     def examples_of(self, split: str) -> tuple[list[Example], Count]:
         """A split's examples, and what was dropped on the way."""
