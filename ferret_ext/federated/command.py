@@ -107,10 +107,13 @@ def numbers(text: str) -> list[int]:
 
 
 def make_console(plain_width: int = PLAIN_WIDTH) -> Console:
-    """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between."""
+    """The terminal, or plain lines of a fixed width; without bars and warnings of transformers in between,
+    and without the hub's retries, which take half a minute of lines where there is no network."""
+    import huggingface_hub
     import transformers
     from rich.console import Console
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +15,7 @@ from torch import nn
 from ferret_ext.federated import model_files
 from ferret_ext.federated.settings import ConfigError
 
+_log = logging.getLogger(__name__)
 TINY_LLAMA = "builtin:tiny-llama"
 DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError)  # what broken weight files raise
 
@@ -170,7 +172,9 @@ def _source(name: str, allow_pickle: bool) -> str:
         raise ConfigError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
     if folder.is_dir():
         model_files.check(folder, allow_pickle)
-    return str(folder) if folder.is_dir() else name
+        return str(folder)
+    _log.warning("model: %r is no folder here; asking the Hugging Face hub for it", name)
+    return name
 
 
 def _no_model(name: str, error: Exception) -> ConfigError:

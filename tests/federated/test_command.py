@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from conftest import SMALL
 
 from ferret_ext.federated import cli, ledger, models
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.cli import COMMANDS, main
-from ferret_ext.federated.command import Command, make_parser
+from ferret_ext.federated.command import Command, make_console, make_parser
 from ferret_ext.federated.completion import SHELLS
 
 
@@ -169,6 +171,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def test_the_hubs_retries_are_not_shown() -> None:
+    huggingface_hub.utils.logging.set_verbosity_warning()
+    make_console()
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 
 def test_resume_wants_a_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

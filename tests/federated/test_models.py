@@ -71,7 +71,9 @@ def test_load_refuses_damaged_weights(tmp_path: Path, name: str, size: int) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_load_names_the_builtin_model_and_absent_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_names_the_builtin_model_and_absent_folders(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ConfigError, match="model: expected builtin:tiny-llama, got 'builtin:foo'"):
         models.load("builtin:foo", "float32", CPU, 0)
 
@@ -81,6 +83,7 @@ def test_load_names_the_builtin_model_and_absent_folders(monkeypatch: pytest.Mon
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreachable)
     with pytest.raises(ConfigError, match="at 'bad/nope', which is no folder here: no connection"):
         models.load("bad/nope", "float32", CPU, 0)
+    assert caplog.messages == ["model: 'bad/nope' is no folder here; asking the Hugging Face hub for it"]
 
 
 def test_load_refuses_a_tokenizer_that_is_too_large_or_knows_no_end(tmp_path: Path) -> None:
