@@ -59,4 +59,4 @@ def test_the_wheel_holds_the_package() -> None:
         Path(name).name for name in binaries if name.startswith("ferret_ext/_native.")
     }
     assert f"\nVersion: {VERSION}\n" in about
-    assert "ferret = ferret_ext.federated.cli:main" in scripts
+    assert "ferret = ferret_link.command:main" in scripts

@@ -18,11 +18,12 @@ import huggingface_hub
 import pytest
 from conftest import SMALL
 
-from ferret_ext.federated import cli, ledger, models
+from ferret_ext.federated import cli, explain, ledger, models
 from ferret_ext.federated import config as configuration
 from ferret_ext.federated.cli import COMMANDS, main
 from ferret_ext.federated.command import Command, make_console, make_parser
 from ferret_ext.federated.completion import SHELLS
+from ferret_link.command import INTERRUPTED
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -159,6 +160,27 @@ def test_ctrl_c_stops_a_run_after_what_it_has_is_saved(tmp_path: Path) -> None:
     assert main(["replay", model, str(out), str(tmp_path / "rebuilt")]) == 0
     (newest,) = deque(ledger.read(out / "ledger"), maxlen=1)
     assert newest.round >= rows(out)[-1]["round"] >= 3
+
+
+def test_ctrl_c_while_torch_is_loaded_is_no_traceback() -> None:
+    program = """
+import sys
+from ferret_link.command import main
+class CtrlC:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+raise SystemExit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "ferret: interrupted\n")
+
+
+def test_the_console_script_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    version = [sys.executable, "-c", "from ferret_link.command import main; main()", "--version"]
+    assert subprocess.run(version, capture_output=True, text=True).stdout == shown(capsys, "--version")
+    assert INTERRUPTED == explain.INTERRUPTED
 
 
 def hears_ctrl_c() -> None:
