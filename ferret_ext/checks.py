@@ -101,11 +101,15 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
         raise TypeError(f"{op}: {name} must be one of {_DTYPE_NAMES}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
+    return value
+
+
+def no_tangent(op: str, name: str, value: Tensor) -> None:
+    """What is differentiable is so in reverse mode alone; a tangent would be lost without a word."""
     if torch.compiler.is_compiling():
-        return value
+        return
     if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(f"{op}: {name} must have no tangent (reverse mode alone is there), got one")
-    return value
 
 
 def coordinates(op: str, name: str, value: Any) -> Tensor:
@@ -178,9 +182,10 @@ def plan_tensors(op: str, plan: AnyPlan, name: str, tensors: Sequence[Tensor]) -
         raise ValueError(f"{op}: {name} must be the plan's {len(plan.tensors)} tensors, got {len(tensors)}")
     named = {}
     for value, (label, numel) in zip(tensors, plan.tensors, strict=True):
-        named[f"{name}[{label!r}]"] = tensor(op, f"{name}[{label!r}]", value)
+        called = f"{name}[{label!r}]"
+        named[called] = tensor(op, called, value)
         if value.numel() != numel:
-            raise ValueError(f"{op}: {name}[{label!r}] must have {numel} elements, got {value.numel()}")
+            raise ValueError(f"{op}: {called} must have {numel} elements, got {value.numel()}")
     return named
 
 
@@ -198,31 +203,36 @@ def may_change(op: str, param: Tensor) -> None:
         if param.is_leaf:
             param.mul_(1)
         raise RuntimeError(f"{op}: a parameter inside a graph can only be changed under torch.no_grad()")
-    if values_known(param) and param.is_inference() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and param.is_inference() and not torch.is_inference_mode_enabled():
         param.mul_(1)
 
 
 def separate(op: str, params: Mapping[str, Tensor]) -> None:
     """No element of a parameter in the memory of another element, of the same parameter or of another."""
+    if torch.compiler.is_compiling():
+        return
     seen: list[tuple[int, int, str]] = []
     for name, param in params.items():
-        if not values_known(param) or param.numel() == 0:
+        if param.numel() == 0 or param.is_meta or isinstance(param, FakeTensor):
             continue
-        reach = 0
-        for stride, length in sorted(zip(param.stride(), param.shape, strict=True)):
-            if length > 1 and stride <= reach:
-                raise ValueError(
-                    f"{op}: {name} must not overlap itself in memory, got strides {param.stride()}"
-                )
-            reach += stride * (length - 1)
+        contiguous = param.is_contiguous()
+        if not contiguous:
+            _check_strides(op, name, param)
         # Strided parameters may lie between one another's elements; only the same start is sure to be shared.
         begin = param.data_ptr()
-        end = begin + param.element_size() * (param.numel() if param.is_contiguous() else 1)
-        seen.append((begin, end, name))
+        seen.append((begin, begin + param.element_size() * (param.numel() if contiguous else 1), name))
     seen.sort()
     for (_, end, first), (begin, _, second) in pairwise(seen):
         if begin < end:
             raise ValueError(f"{op}: parameters must not share memory, got {first} and {second} that do")
+
+
+def _check_strides(op: str, name: str, param: Tensor) -> None:
+    reach = 0
+    for stride, length in sorted(zip(param.stride(), param.shape, strict=True)):
+        if length > 1 and stride <= reach:
+            raise ValueError(f"{op}: {name} must not overlap itself in memory, got strides {param.stride()}")
+        reach += stride * (length - 1)
 
 
 def values_known(value: Tensor) -> bool:

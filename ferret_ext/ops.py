@@ -71,7 +71,7 @@ def project(
     is not floating point. Differentiable. On CUDA the check for finite values waits for the result; it is
     left out while a graph is compiled or captured, where a non-finite delta gives NaN coordinates.
     """
-    checks.tensor("project", "delta", delta)
+    checks.no_tangent("project", "delta", checks.tensor("project", "delta", delta))
     place = checks.place("project", delta.numel(), offset, numel)
     K, kind = checks.columns("project", K), checks.kind("project", basis)
     gamma: Tensor = _ops.project(delta, checks.seed("project", seed), K, kind, *place)
@@ -99,6 +99,7 @@ def reconstruct(
     Returns a tensor of that shape, the same bits everywhere. Raises as `project` does. Differentiable.
     """
     gamma = checks.coordinates("reconstruct", "gamma", gamma)
+    checks.no_tangent("reconstruct", "gamma", gamma)
     gamma = gamma if device is None else gamma.to(device)
     size = checks.size("reconstruct", shape)
     count = math.prod(size)
@@ -131,6 +132,7 @@ def reconstruct_(
     """
     checks.tensor("reconstruct_", "param", param)
     gamma = checks.coordinates("reconstruct_", "gamma", gamma)
+    checks.no_tangent("reconstruct_", "gamma", gamma)
     checks.one_device("reconstruct_", {"param": param, "gamma": gamma})
     alpha = checks.number("reconstruct_", "alpha", alpha)
     place = checks.place("reconstruct_", param.numel(), offset, numel)
