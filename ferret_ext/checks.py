@@ -109,7 +109,7 @@ def no_tangent(op: str, name: str, value: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{op}: {name} must have no tangent (reverse mode alone is there), got one")
+        raise TypeError(f"{op}: {name} must have no tangent (reverse mode alone is there), got one")
 
 
 def coordinates(op: str, name: str, value: Any) -> Tensor:
