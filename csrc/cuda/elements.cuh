@@ -110,7 +110,7 @@ __device__ __forceinline__ bool is_aligned(const T* at) {
   return reinterpret_cast<uintptr_t>(at) % alignof(Vector<T, n>) == 0;
 }
 
-// Writes a vector. Where a plain assignment would do, the compiler takes it apart into elements again.
+// Writes a vector in as few instructions as there are: the compiler takes an assignment apart into elements.
 template <class T, int n>
 __device__ __forceinline__ void write(const Vector<T, n>& vector, T* to) {
   constexpr int bytes = n * sizeof(T);
