@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kCtas = 1 << 16;  // enough to share out any work evenly
 
-constexpr int kFewColumns = 8;  // fewer are faster on the ordinary units
-
 // ---- 32 columns of one update, as one warp sees them ----
 
 template <Basis basis>
@@ -145,13 +143,13 @@ template <Basis basis, class Real>
 __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, int lane, Chunk<basis, Real>& chunk) {
   const ApplyBlock& block = p.block_of(item);
   const uint64_t span = block.first_group_of_spans + (item - block.first_item);
-  const LanePlaces places = owned_places<basis>(lane);
+  const auto places = owned_places<basis>(lane);
   const bool poisoned = *p.coordinates.not_finite != 0;
 
   Real x[kOwned] = {};
   if (!p.overwrite) {
-    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
-                 [&](const Run& run) { load(p.params[run.tensor], run, places, x); });
+    for_each_run<kSpan>(p.pieces, block.pieces, span * kSpan,
+                        [&](const Run& run) { load(p.params[run.tensor], run, places, x); });
   }
   Real total[kOwned] = {};
   for (int64_t i = 0; i < p.num_updates && !poisoned; ++i) {
@@ -161,11 +159,11 @@ __device__ __forceinline__ void apply_span(const ApplyParams& p, int64_t item, i
   }
   add_total(p, block, total, x);
   if (p.rounding.stochastic) {
-    for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
-                 [&](const Run& run) { round_by_chance(p, span * kSpan, run, places, x); });
+    for_each_run<kSpan>(p.pieces, block.pieces, span * kSpan,
+                        [&](const Run& run) { round_by_chance(p, span * kSpan, run, places, x); });
   }
-  for_each_run(p.pieces, block.pieces, span * kSpan, kSpan,
-               [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
+  for_each_run<kSpan>(p.pieces, block.pieces, span * kSpan,
+                      [&](const Run& run) { store(p.params[run.tensor], run, places, x); });
 }
 
 // At least 4 CTAs a multiprocessor: registers for that suffice without spills.
@@ -199,13 +197,14 @@ struct Takes {
   int shift;
 };
 
-constexpr Takes kOrdinary = {1, INT64_MAX, kSpanShift}, kFew = {1, kFewColumns - 1, kSpanShift},
-                kSome = {kFewColumns, 16, 10}, kMany = {17, INT64_MAX, 8};
+constexpr Takes kOrdinary = {1, INT64_MAX, kSpanShift}, kFew = {1, 16, MatrixSpans<16>::item_shift},
+                kMany = {17, INT64_MAX, MatrixSpans<kGroup>::item_shift};
 
 struct ApplyLaunches {
   Workspace workspace;
   PrepareParams prepare = {};
-  ApplyParams ordinary = {}, some = {}, many = {};
+  ApplyParams ordinary = {};        // on the ordinary units,
+  ApplyParams few = {}, many = {};  // or on the matrix units
 
   ApplyLaunches(const ApplyJob& job, void* base);
 };
@@ -274,11 +273,14 @@ ApplyLaunches::ApplyLaunches(const ApplyJob& job, void* base) : workspace(base) 
     return part;
   };
   const bool matrix = takes_matrix_units(job.basis, job.wide);
-  ordinary = list(matrix ? kFew : kOrdinary);
-  if (matrix) some = list(kSome), many = list(kMany);
+  if (matrix) {
+    few = list(kFew), many = list(kMany);
+  } else {
+    ordinary = list(kOrdinary);
+  }
   const Coordinates to = job.wide ? lay_out_coordinates<double>(job, groups, workspace)
                                   : lay_out_coordinates<float>(job, groups, workspace);
-  ordinary.coordinates = some.coordinates = many.coordinates = to;
+  ordinary.coordinates = few.coordinates = many.coordinates = to;
   prepare = {blocks, groups_of_blocks, plan.num_blocks, updates, job.num_updates, job.gammas, job.total,
              groups, job.basis,        job.alpha,       to};
 }
@@ -306,7 +308,7 @@ Status run(const ApplyLaunches& launches, Basis basis, CUstream_st* stream) {
     if (status.ok()) status = launch(where, kernel, ctas, stream, params);
   };
   start("apply_kernel", apply_kernel_of<Real>(basis), launches.ordinary);
-  start("apply_matrix_kernel", apply_matrix_kernel<16>, launches.some);
+  start("apply_matrix_kernel", apply_matrix_kernel<16>, launches.few);
   start("apply_matrix_kernel", apply_matrix_kernel<kGroup>, launches.many);
   return status;
 }

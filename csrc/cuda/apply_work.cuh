@@ -74,12 +74,13 @@ __device__ __forceinline__ void round_by_chance(const ApplyParams& p, uint64_t s
                                                 Real (&x)[n]) {
   const Dtype dtype = p.params[run.tensor].dtype;
   if (size_of(dtype) != 2) return;
-  const bool one_call = are_consecutive<n>(places);  // since then they start at a multiple of n, which divides 8
+  constexpr int row = Places::row;  // starts at a multiple of its length, so one call has it
+  static_assert(kRoundingElements % row == 0);
   Words words = {};
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const uint64_t j = start + places[i];
-    if (i == 0 || !one_call) words = rounding_words(p.rounding.seed, j / kRoundingElements);
+    if (i % row == 0) words = rounding_words(p.rounding.seed, j / kRoundingElements);
     if (!run.has(places[i])) continue;
     const uint32_t random = rounding_bits(words, static_cast<int>(j % kRoundingElements));
     const float narrow = static_cast<float>(x[i]);

@@ -18,7 +18,7 @@ struct BasisParams {
 template <Basis basis>
 __global__ void __launch_bounds__(kThreads) basis_kernel(BasisParams p) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const LanePlaces places = owned_places<basis>(lane);
+  const auto places = owned_places<basis>(lane);
   for (int64_t item = int64_t{blockIdx.x} * kWarps + warp; item < p.items; item += int64_t{gridDim.x} * kWarps) {
     const uint64_t span = p.first_span + item;
     int32_t b[kOwned];
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) basis_kernel(BasisParams p) {
       wide[i] = b[i] * p.unit / p.root;
       narrow[i] = static_cast<float>(wide[i]);
     }
-    for_each_run(&p.piece, {0, 1, {0, 0}}, span * kSpan, kSpan, [&](const Run& run) {
+    for_each_run<kSpan>(&p.piece, {0, 1, {0, 0}}, span * kSpan, [&](const Run& run) {
       p.out.dtype == Dtype::float64 ? store(p.out, run, places, wide) : store(p.out, run, places, narrow);
     });
   }

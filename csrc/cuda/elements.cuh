@@ -63,29 +63,68 @@ struct Run {
   }
 };
 
-// Calls visit(run) for every piece that owns elements of [start, start + length).
-template <class Visit>
-__device__ __forceinline__ void for_each_run(const Piece* pieces, const BlockPieces& block, uint64_t start, int length,
-                                             Visit visit) {
-  const auto begin = static_cast<int64_t>(start);
-  int64_t p = block.first + find_last(block.last - block.first, begin,
-                                      [&](int64_t i) { return i == 0 ? begin : pieces[block.first + i].offset; });
-  for (; p < block.last; ++p) {
+// The runs of a span of a block, in ascending order. Most spans have one, of the piece that the span before had.
+template <int length>
+struct Runs {
+  const Piece* pieces;
+  BlockPieces block;
+  int64_t begin = 0;
+  int64_t at = 0;    // the piece of the first run
+  int64_t left = 0;  // how many elements it has from `begin` on
+  Run first = {};
+
+  __device__ __forceinline__ Runs(const Piece* pieces, const BlockPieces& block) : pieces(pieces), block(block) {}
+
+  // Goes to the span that starts at `start`.
+  __device__ __forceinline__ void seek(uint64_t start) {
+    const int64_t by = static_cast<int64_t>(start) - begin;
+    begin += by;
+    if (first.lo == 0 && first.hi == length && by >= 0 && by + length <= left) {
+      first.at += by;
+      left -= by;
+      return;
+    }
+    at = block.first + find_last(block.last - block.first, begin,
+                                 [&](int64_t i) { return i == 0 ? begin : pieces[block.first + i].offset; });
+    if (at < block.last) first = run_of(at);
+    left = at < block.last ? pieces[at].offset + pieces[at].length - begin : 0;
+  }
+
+  // Empty where the piece has none of the span's elements, as that before a gap.
+  __device__ __forceinline__ Run run_of(int64_t p) const {
     const Piece piece = pieces[p];
     const int64_t lo = piece.offset - begin, hi = lo + piece.length;
-    if (lo >= length) return;
-    if (hi > 0) {
-      visit(Run{piece.tensor, piece.start - lo, static_cast<int>(lo < 0 ? 0 : lo),
-                static_cast<int>(hi < length ? hi : length)});
+    return {piece.tensor, piece.start - lo, static_cast<int>(clamp(lo, int64_t{0}, int64_t{length})),
+            static_cast<int>(clamp(hi, int64_t{0}, int64_t{length}))};
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    Run run = first;
+    for (int64_t p = at; p < block.last;) {
+      visit(run);
+      if (run.hi == length || ++p == block.last) return;
+      run = run_of(p);
     }
   }
+};
+
+// Calls visit(run) for every piece that owns elements of [start, start + length).
+template <int length, class Visit>
+__device__ __forceinline__ void for_each_run(const Piece* pieces, const BlockPieces& block, uint64_t start,
+                                             Visit visit) {
+  Runs<length> runs(pieces, block);
+  runs.seek(start);
+  runs.each(visit);
 }
 
-// A lane's share of a span: elements at ascending positions, here first + i * stride.
+// A lane's share of a span: rows of consecutive elements, in ascending order, `step` apart.
+template <int row_length, int step>
 struct LanePlaces {
-  int first, stride;
+  static constexpr int row = row_length;
+  int first;
 
-  __device__ __forceinline__ int operator[](int i) const { return first + i * stride; }
+  __device__ __forceinline__ int operator[](int i) const { return first + i / row * step + i % row; }
 };
 
 // A tensor's elements from `first` on. The address was read from a table, so only we know that it is one of global
@@ -99,7 +138,7 @@ __device__ __forceinline__ T* elements_at(void* data, int64_t first) {
   return at;
 }
 
-// Up to 16 bytes of consecutive elements, which one instruction reads or writes where they are aligned.
+// Consecutive elements, of which one instruction reads or writes up to 16 bytes where they are aligned.
 template <class T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
   T x[n];
@@ -142,20 +181,20 @@ __device__ __forceinline__ bool has_all(const Run& run, Places places) {
   return run.has(places[0]) && run.has(places[n - 1]);
 }
 
-template <int n, class Places>
-__device__ __forceinline__ bool are_consecutive(Places places) {
-  return places[n - 1] - places[0] == n - 1;
-}
-
-template <class T, int n, class Places, class Real>
-__device__ __forceinline__ void load_as(void* data, const Run& run, Places places, Real (&x)[n]) {
+template <class T, int n, int row, int step, class Real>
+__device__ __forceinline__ void load_as(void* data, const Run& run, LanePlaces<row, step> places, Real (&x)[n]) {
+  using Row = Vector<T, row>;
+  static_assert(n % row == 0 && (row == n || step * sizeof(T) % alignof(Row) == 0));
   const T* from = elements_at<T>(data, run.at + places[0]);
   const bool all = has_all<n>(run, places);
-  if (are_consecutive<n>(places) && all && is_aligned<T, n>(from)) {
-    const auto vector = *reinterpret_cast<const Vector<T, n>*>(from);
+  if (row > 1 && all && is_aligned<T, row>(from)) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = static_cast<Real>(to_float(vector.x[i]));
-  } else if (!are_consecutive<n>(places) && all) {
+    for (int first = 0; first < n; first += row) {
+      const auto vector = *reinterpret_cast<const Row*>(from + (places[first] - places[0]));
+#pragma unroll
+      for (int i = 0; i < row; ++i) x[first + i] = static_cast<Real>(to_float(vector.x[i]));
+    }
+  } else if (all) {
 #pragma unroll
     for (int i = 0; i < n; ++i) x[i] = static_cast<Real>(to_float(from[places[i] - places[0]]));
   } else {
@@ -178,16 +217,19 @@ __device__ __forceinline__ void load(const TensorRef& tensor, const Run& run, Pl
   }
 }
 
-template <class T, int n, class Places, class Real>
-__device__ __forceinline__ void store_as(void* data, const Run& run, Places places, const Real (&x)[n]) {
+template <class T, int n, int row, int step, class Real>
+__device__ __forceinline__ void store_as(void* data, const Run& run, LanePlaces<row, step> places, const Real (&x)[n]) {
   T* to = elements_at<T>(data, run.at + places[0]);
   const bool all = has_all<n>(run, places);
-  if (are_consecutive<n>(places) && all && is_aligned<T, n>(to)) {
-    Vector<T, n> vector;
+  if (row > 1 && all && is_aligned<T, row>(to)) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) store_rounded(x[i], &vector.x[i]);
-    write(vector, to);
-  } else if (!are_consecutive<n>(places) && all) {
+    for (int first = 0; first < n; first += row) {
+      Vector<T, row> vector;
+#pragma unroll
+      for (int i = 0; i < row; ++i) store_rounded(x[first + i], &vector.x[i]);
+      write(vector, to + (places[first] - places[0]));
+    }
+  } else if (all) {
 #pragma unroll
     for (int i = 0; i < n; ++i) store_rounded(x[i], &to[places[i] - places[0]]);
   } else {

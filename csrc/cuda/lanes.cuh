@@ -12,8 +12,12 @@ inline constexpr int kOwned = kSpan / kWarp;
 // rademacher: one call, lane l owns bit l of every word. uniform: eight calls, lane l owns the four bytes of word l.
 // gaussian: lane l owns call l.
 template <Basis basis>
-__device__ __forceinline__ LanePlaces owned_places(int lane) {
-  return basis == Basis::rademacher ? LanePlaces{lane, kWarp} : LanePlaces{kOwned * lane, 1};
+__device__ __forceinline__ auto owned_places(int lane) {
+  if constexpr (basis == Basis::rademacher) {
+    return LanePlaces<1, kWarp>{lane};
+  } else {
+    return LanePlaces<kOwned, kOwned>{kOwned * lane};
+  }
 }
 
 // The four integers of a gaussian call.
@@ -27,7 +31,7 @@ template <Basis basis>
 __device__ __forceinline__ void owned_integers(uint64_t seed, uint64_t span, uint32_t column, int lane,
                                                int32_t (&b)[kOwned]) {
   constexpr int e = elements_per_call(basis);
-  const LanePlaces places = owned_places<basis>(lane);
+  const auto places = owned_places<basis>(lane);
   const Words words = stream_words(seed, basis, span * (kSpan / e) + places.first / e, column);
   if constexpr (basis == Basis::gaussian) {
     normals_of(words, b);

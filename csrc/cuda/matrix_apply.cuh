@@ -10,9 +10,10 @@
 //                  the second; zero where A holds the other span
 //   D[16, 8]  s32  2^i times a digit's sum over the group, at most 2^20 in size; one D for each i
 //
-// There are two shapes. With 64 columns a lane's span is lane / 16, and a pair of spans takes four products for each i.
-// With up to 16 columns in all a warp has eight spans, a lane's is lane / 4, and one product has both spans of a pair, the
-// first in its places 0 to 15.
+// There are two shapes. With 64 columns a lane's span is lane / 16, and a pair of spans takes four products for each i; a
+// warp has two such pairs, one after the other, since what a group's coordinates take is paid once for both. With up to 16
+// columns in all a warp has eight spans, a lane's is lane / 4, and one product has both spans of a pair, the first in its
+// places 0 to 15.
 #pragma once
 
 #include "apply_work.cuh"
@@ -24,9 +25,13 @@ inline constexpr int kSpanBits = 7;
 inline constexpr int kRows = 16;      // of a span: eight elements each
 inline constexpr int kRowLength = 8;  // elements of a row
 
-// Four calls share the keys, and a compiler that may would count them up for each. Half of them is what registers suffice
-// for.
-__device__ __forceinline__ RoundKeys kept(RoundKeys keys) {
+// The keys for four calls of a lane: the compiler is not to keep them from pass to pass, for which registers do not suffice,
+// nor to count them up for each call, for which half of them do.
+__device__ __forceinline__ RoundKeys keys_of_pass(uint64_t seed) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(seed));
+#endif
+  RoundKeys keys = round_keys(seed);
 #if defined(__CUDA_ARCH__)
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) asm("" : "+r"(keys.k[round][0]));
@@ -41,14 +46,20 @@ struct alignas(16) Words4 {
 template <int columns>
 struct MatrixSpans {
   static_assert(columns == kGroup || columns == 16);
+  static constexpr bool few = columns < kGroup;
   static constexpr int quads = columns / 4;    // a lane makes the words of one
-  static constexpr int spans = kWarp / quads;  // of a warp
-  static constexpr int pairs = spans / 2;
+  static constexpr int spans = kWarp / quads;  // whose words a warp makes at a time
+  static constexpr int passes = few ? 1 : 2;
+  static constexpr int pairs = passes * spans / 2;              // of a warp
+  static constexpr int item_shift = kSpanBits + (few ? 3 : 2);  // log2 of a warp's elements
+  static_assert(2 * pairs << kSpanBits == 1 << item_shift);
   static constexpr int span_words = kRows * quads + quads;  // with padding, so that no two lanes meet in a bank
 
   struct Shared {
     alignas(16) uint32_t words[spans * span_words];  // [span][row][quad]
     alignas(16) uint32_t digits[kDigits][quads];
+    Words4 indices[quads];                                        // of the columns of a group
+    float closed[few ? 1 : pairs * kRowLength][few ? 1 : kWarp];  // by lane: of more than 64 groups those before
   };
 
   // Row `row` of a span; a lane's share of it starts at `quad`.
@@ -56,20 +67,38 @@ struct MatrixSpans {
     return &shared.words[span * span_words + row * quads + quad];
   }
 
-  // Words and digits of the next columns, up to `count`, of a group; returns the sum of their coordinates.
-  __device__ __forceinline__ static int32_t fill(const RoundKeys& keys, uint64_t first_span, const int32_t* coordinates,
-                                                 const uint32_t* indices, int count, int lane, Shared& shared) {
-    const int quad = lane % quads, span = lane / quads;
-    uint32_t by_column[4][4], digits[4];
+  // Puts down the columns of a group and the digits of their coordinates, four columns a lane, and returns the coordinates'
+  // sum; columns from `count` on have the coordinate 0.
+  __device__ __forceinline__ static int32_t put_columns(const int32_t* coordinates, const uint32_t* columns_of,
+                                                        int count, int lane, Shared& shared) {
     int32_t sum = 0;
+    if (lane < quads) {
+      Words4 indices, by_digit;
+      uint32_t digits[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const int k = 4 * lane + b;
+        const int32_t c = k < count ? coordinates[k] : 0;
+        indices.v[b] = k < count ? columns_of[k] : 0;
+        sum += c;
+        digits[b] = signed_digits(c);
+      }
+      transpose_bytes(digits, by_digit.v);
+      shared.indices[lane] = indices;
+#pragma unroll
+      for (int n = 0; n < kDigits; ++n) shared.digits[n][lane] = by_digit.v[n];
+    }
+    return __reduce_add_sync(kAllLanes, sum);
+  }
+
+  // The words of the next spans.
+  __device__ __forceinline__ static void fill(const RoundKeys& keys, uint64_t first_span, int lane, Shared& shared) {
+    const int quad = lane % quads, span = lane / quads;
+    const Words4 indices = shared.indices[quad];
+    uint32_t by_column[4][4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const int k = 4 * quad + b;
-      const int32_t c = k < count ? coordinates[k] : 0;
-      const uint32_t index = k < count ? indices[k] : 0;
-      const Words words = stream_words(keys, Basis::rademacher, first_span + span, index);
-      sum += c;
-      digits[b] = signed_digits(c);
+      const Words words = stream_words(keys, Basis::rademacher, first_span + span, indices.v[b]);
 #pragma unroll
       for (int w = 0; w < 4; ++w) by_column[w][b] = words.w[w];
     }
@@ -81,18 +110,10 @@ struct MatrixSpans {
 #pragma unroll
       for (int n = 0; n < 4; ++n) to[(4 * w + n) * quads] = by_row[n];
     }
-    if (span == 0) {
-      uint32_t by_digit[kDigits];
-      transpose_bytes(digits, by_digit);
-#pragma unroll
-      for (int n = 0; n < kDigits; ++n) shared.digits[n][quad] = by_digit[n];
-    }
-    return __reduce_add_sync(kAllLanes, span == 0 ? sum : 0);
   }
 
   // With few columns sums have room for a factor of 8: bits 4 to 7 of a byte are moved to its lower half, and what comes
   // out is left as it is, 2^(i % 4) times the sum. Otherwise the factor of 2^i is taken out at once.
-  static constexpr bool few = columns < kGroup;
   __device__ __forceinline__ static uint32_t operands(uint32_t word, int i) {
     return few ? (i < 4 ? word : word >> 4) & (0x01010101u << i % 4) : word & (0x01010101u << i);
   }
@@ -151,10 +172,13 @@ struct MatrixSpans {
     }
   }
 
-  // Where the lane's rows are, from the first span of the warp on.
-  __device__ __forceinline__ static LanePlaces places(int pair, int lane) {
+  // Where the lane's rows are, one a pair, from the first span of the warp on.
+  using Places = LanePlaces<kRowLength, 2 << kSpanBits>;
+  static constexpr int owned = pairs * kRowLength;
+
+  __device__ __forceinline__ static Places places_of(int lane) {
     const int g = lane / 4, t = lane % 4;
-    return {((2 * pair + t / 2) << kSpanBits) + kRowLength * (g + 8 * (t % 2)), 1};
+    return {((t / 2) << kSpanBits) + kRowLength * (g + 8 * (t % 2))};
   }
 
   // Words, products and sums of one group of one update: use(pair, G).
@@ -164,23 +188,40 @@ struct MatrixSpans {
     const int64_t first = g * columns;
     const int32_t here = static_cast<int32_t>(min(count - first, int64_t{columns}));
     __syncwarp();  // the group before has been read
-    const int32_t sum = fill(kept(round_keys(seed)), first_span, integers.limbs[0] + first, integers.columns + first,
-                             here, lane, shared);
-    __syncwarp();
+    const int32_t sum = put_columns(integers.limbs[0] + first, integers.columns + first, here, lane, shared);
 #pragma unroll
-    for (int pair = 0; pair < pairs; ++pair) {
-      int32_t d[kRowLength][4] = {};
-      float group[kRowLength];
-      multiply_pair(shared, pair, lane, d);
-      join_digits(d, sum, lane, group);
-      use(pair, group);
+    for (int pass = 0; pass < passes; ++pass) {
+      __syncwarp();
+      fill(keys_of_pass(seed), first_span + pass * spans, lane, shared);
+      __syncwarp();
+#pragma unroll
+      for (int pair = 0; pair < spans / 2; ++pair) {
+        int32_t d[kRowLength][4] = {};
+        float group[kRowLength];
+        multiply_pair(shared, pair, lane, d);
+        join_digits(d, sum, lane, group);
+        use(pass * (spans / 2) + pair, group);
+      }
     }
   }
 
-  // H of the lane's rows, for one update. A single group needs no fold.
+  // Folds the groups summed since the last call into those before, which only this lane reads; `sum` is 0 again, or with
+  // `last` the sum of all. Registers do not suffice for sums that few blocks have.
+  __device__ __forceinline__ static void close(float (&sum)[owned], bool first, int lane, Shared& shared,
+                                               bool last = false) {
+#pragma unroll
+    for (int i = 0; i < owned; ++i) {
+      float& before = shared.closed[i][lane];
+      const float all = first ? sum[i] : before + sum[i];
+      if (!last) before = all;
+      sum[i] = last ? all : 0;
+    }
+  }
+
+  // H of the lane's rows, for one update. Up to 64 groups need no fold.
   __device__ __forceinline__ static void sum_update(const ApplyParams& p, const ApplyBlock& block, int64_t update,
                                                     uint64_t first_span, int lane, Shared& shared,
-                                                    float (&sum)[pairs][kRowLength]) {
+                                                    float (&sum)[owned]) {
     const Integers<float> integers(p, block, update);
     const uint64_t seed = p.updates[update].seed;
     const int64_t count = block.block.columns;
@@ -189,46 +230,48 @@ struct MatrixSpans {
       for (int i = 0; i < 4; ++i) scales[i] = integers.scales[0] * (1.0f / static_cast<float>(1 << i));
       sum_group(integers, seed, first_span, 0, count, lane, shared, [&](int pair, const auto& group) {
 #pragma unroll
-        for (int i = 0; i < kRowLength; ++i) sum[pair][i] = group[i] * scales[shift_left(i)];
+        for (int i = 0; i < kRowLength; ++i) sum[pair * kRowLength + i] = group[i] * scales[shift_left(i)];
       });
     } else {
-      GroupFold<kRowLength, float> fold;
+#pragma unroll
+      for (int i = 0; i < owned; ++i) sum[i] = 0;
 #pragma unroll 1
       for (int64_t g = 0; g * columns < count; ++g) {
-        sum_group(integers, seed, first_span, g, count, lane, shared,
-                  [&](int, const auto& group) { fold.add(group, integers.scales[g], g); });
-      }
-      fold.close();
+        if (g > 0 && g % kFoldRadix == 0) close(sum, g == kFoldRadix, lane, shared);
+        sum_group(integers, seed, first_span, g, count, lane, shared, [&](int pair, const auto& group) {
 #pragma unroll
-      for (int i = 0; i < kRowLength; ++i) sum[0][i] = fold.sum[i];
+          for (int i = 0; i < kRowLength; ++i) {
+            float& at = sum[pair * kRowLength + i];
+            at = fused_multiply_add(group[i], integers.scales[g], at);
+          }
+        });
+      }
+      if (count > kFoldRadix * columns) close(sum, false, lane, shared, true);
     }
   }
 
   __device__ __forceinline__ static void apply(const ApplyParams& p, int64_t item, int lane, Shared& shared) {
     const ApplyBlock& block = p.block_of(item);
-    const uint64_t first_span = (block.first_group_of_spans + (item - block.first_item)) * spans;
-    float x[pairs][kRowLength] = {}, total[pairs][kRowLength] = {};
+    const uint64_t first_span = (block.first_group_of_spans + (item - block.first_item)) * (passes * spans);
+    const Places places = places_of(lane);
+    float x[owned] = {}, total[owned] = {};
     for (int64_t update = 0; update < p.num_updates; ++update) {
-      float sum[pairs][kRowLength];
+      float sum[owned];
       sum_update(p, block, update, first_span, lane, shared, sum);
-#pragma unroll
-      for (int pair = 0; pair < pairs; ++pair) add_update(p, block, update, sum[pair], total[pair]);
+      add_update(p, block, update, sum, total);
     }
-    const auto visit = [&](auto use) {
-      for_each_run(p.pieces, block.pieces, first_span << kSpanBits, spans << kSpanBits, [&](const Run& run) {
-#pragma unroll
-        for (int pair = 0; pair < pairs; ++pair) use(run, places(pair, lane), x[pair]);
-      });
-    };
+    // Not from first_span, which would lie in a register meanwhile.
+    const uint64_t start = (block.first_group_of_spans + (item - block.first_item)) << item_shift;
+    Runs<1 << item_shift> runs(p.pieces, block.pieces);
+    runs.seek(start);
     if (!p.overwrite) {
-      visit([&](auto& run, LanePlaces at, auto& row) { load(p.params[run.tensor], run, at, row); });
+      runs.each([&](const Run& run) { load(p.params[run.tensor], run, places, x); });
     }
-#pragma unroll
-    for (int pair = 0; pair < pairs; ++pair) add_total(p, block, total[pair], x[pair]);
+    add_total(p, block, total, x);
     if (p.rounding.stochastic) {
-      visit([&](auto& run, LanePlaces at, auto& row) { round_by_chance(p, first_span << kSpanBits, run, at, row); });
+      runs.each([&](const Run& run) { round_by_chance(p, start, run, places, x); });
     }
-    visit([&](auto& run, LanePlaces at, auto& row) { store(p.params[run.tensor], run, at, row); });
+    runs.each([&](const Run& run) { store(p.params[run.tensor], run, places, x); });
   }
 };
 

@@ -11,13 +11,23 @@ namespace ferret::cuda {
 
 inline constexpr int kDigits = 4;  // of 8 bits
 
-// D += A B. On the host the emulator has it.
+// On the host the emulator has both.
+//   D += A B
+//   x[i] = the columns g of rows 2 t and 2 t + 1 of matrix i, four of [8, 8] of 16 bits: lane 8 i + r says where its row r is
 #if defined(__CUDACC__)
 __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void load_transposed(const void* row, uint32_t (&x)[4]) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(at)
+               : "memory");
 }
 #endif
 

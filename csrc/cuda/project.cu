@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStageShift = 11;                 // log2 of a stage's elements
 constexpr int kMaxLevel = 3;                    // of the units
-constexpr int64_t kManyUnits = 2048;            // CTAs that keep any GPU busy
+constexpr int64_t kManyUnits = 8192;            // CTAs, so many that the last of them hardly count
 constexpr int64_t kMaxSums = int64_t{1} << 23;  // node sums, 64 MB, unless even the top level has more
 static_assert(kStage * kTile == 1 << kStageShift);
 
@@ -89,11 +89,12 @@ struct Simt {
   using Stage = cuda::Stage<basis, Real>;
   static constexpr int calls = Layout<basis>::calls;
 
-  __device__ __forceinline__ static void sum(const Deltas& deltas, const RoundKeys& keys, const BlockPieces& pieces,
+  __device__ __forceinline__ static void sum(const Deltas& deltas, const RoundKeys& keys, Runs<kTile>& runs,
                                              uint64_t first_tile, uint32_t first_column, const Share& share, int turn,
                                              Stage& stage) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    quantise_tile(deltas, pieces, first_tile + warp, warp, stage, stage.headers[turn][warp]);
+    runs.seek((first_tile + warp) * kTile);
+    quantise_tile(deltas, runs, warp, stage, stage.headers[turn][warp]);
     __syncthreads();
     sum_calls(keys, first_tile, first_column + share.column, share, stage.headers[turn], stage);
     __syncthreads();
@@ -123,8 +124,9 @@ __device__ __forceinline__ void project_unit(const ProjectParams& p, int64_t ite
   const uint64_t begin = max(unit << tiles_shift, tiles.begin / kStage * kStage);
   const uint64_t end = min((unit + 1) << tiles_shift, tiles.end);
   FoldTree<kMaxLevel> tree;
+  Runs<kTile> runs(p.deltas.pieces, block.pieces);
   for (uint64_t first = begin; first < end; first += kStage, turn ^= 1) {
-    Sums::sum(p.deltas, p.keys, block.pieces, first, static_cast<uint32_t>(first_column), share, turn, stage);
+    Sums::sum(p.deltas, p.keys, runs, first, static_cast<uint32_t>(first_column), share, turn, stage);
     if (!folds) continue;
     for (int tile = 0; tile < kStage; ++tile) {
       const double value = Sums::value(stage, turn, tile, share);
@@ -209,13 +211,11 @@ std::vector<LevelSums> lay_out_levels(const Plan& plan, const std::vector<BlockP
   return levels;
 }
 
-// The blocks with K_l in [least, most].
 std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockPieces>& pieces, const LevelSums& sums,
-                                      int64_t least, int64_t most, int64_t* items) {
+                                      int64_t* items) {
   std::vector<ProjectBlock> blocks;
   *items = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) {
-    if (plan.blocks[b].columns < least || plan.blocks[b].columns > most) continue;
     const Range units = spans_of(pieces[b], unit_shift(sums.level));
     blocks.push_back({plan.blocks[b], pieces[b], units, *items, sums.first[b]});
     *items += size(units) * batches_of(plan.blocks[b]);
@@ -225,8 +225,7 @@ std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockP
 
 struct ProjectLaunches {
   Workspace workspace;
-  ProjectParams project = {};  // the blocks that the ordinary units take
-  ProjectParams matrix = {};   // the others
+  ProjectParams project = {};
   std::vector<FoldParams> folds;
 
   ProjectLaunches(const ProjectJob& job, int level, void* base);
@@ -239,27 +238,19 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
   int64_t tensors = 0;
   for (int64_t i = 0; i < plan.num_pieces; ++i) tensors = std::max(tensors, plan.pieces[i].tensor + 1);
 
-  const int64_t most = takes_matrix_units(job.stream.basis, job.wide) ? kLeastMatrixColumns - 1 : INT64_MAX - 1;
-  const auto few = block_table(plan, pieces, levels[0], 1, most, &project.items);
-  const auto many = block_table(plan, pieces, levels[0], most + 1, INT64_MAX, &matrix.items);
-  project.blocks = workspace.table(few);
-  project.num_blocks = static_cast<int64_t>(few.size());
+  project.blocks = workspace.table(block_table(plan, pieces, levels[0], &project.items));
+  project.num_blocks = plan.num_blocks;
   project.deltas.pieces = workspace.table(plan.pieces, plan.num_pieces);
   project.deltas.now = workspace.table(job.now, tensors);
   if (job.before != nullptr) project.deltas.before = workspace.table(job.before, tensors);
   project.keys = round_keys(job.stream.seed);
   project.level = levels[0].level;
 
-  const ProjectBlock* many_blocks = workspace.table(many);
-
   const Block* blocks = workspace.table(plan.blocks, plan.num_blocks);
   const BlockPieces* block_pieces = workspace.table(pieces);
   std::vector<const int64_t*> first;
   for (const LevelSums& level : levels) first.push_back(workspace.table(level.first));
   double* in = project.sums = workspace.room<double>(levels[0].count);
-  const int64_t matrix_items = matrix.items;
-  matrix = project;
-  matrix.blocks = many_blocks, matrix.num_blocks = static_cast<int64_t>(many.size()), matrix.items = matrix_items;
   for (size_t i = 1; i < levels.size(); ++i) {
     double* out = levels[i].level == kTopLevel ? nullptr : workspace.room<double>(levels[i].count);
     folds.push_back({blocks, block_pieces, plan.num_blocks, levels[i - 1].level, levels[i].level, first[i - 1],
@@ -270,6 +261,7 @@ ProjectLaunches::ProjectLaunches(const ProjectJob& job, int level, void* base) :
 
 template <class Real>
 void (*project_kernel_of(Basis basis))(ProjectParams) {
+  if (takes_matrix_units(basis, Working<Real>::limbs == 2)) return project_matrix_kernel;
   switch (basis) {
     case Basis::rademacher: return project_kernel<Basis::rademacher, Real>;
     case Basis::uniform: return project_kernel<Basis::uniform, Real>;
@@ -285,9 +277,6 @@ Status run(const ProjectLaunches& launches, const ProjectJob& job, size_t bytes,
   const auto kernel =
       job.wide ? project_kernel_of<double>(job.stream.basis) : project_kernel_of<float>(job.stream.basis);
   status = launch("project_kernel", kernel, launches.project.items, stream, launches.project);
-  if (status.ok()) {
-    status = launch("project_matrix_kernel", project_matrix_kernel, launches.matrix.items, stream, launches.matrix);
-  }
   for (const FoldParams& fold : launches.folds) {
     if (!status.ok()) return status;
     status = launch("fold_kernel", fold_kernel, divide_up(fold.count, kThreads), stream, fold);

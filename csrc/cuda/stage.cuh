@@ -2,8 +2,6 @@
 // call.
 #pragma once
 
-#include <type_traits>
-
 #include "lanes.cuh"
 
 namespace ferret::cuda {
@@ -83,11 +81,11 @@ struct Share {
 // ---- tile -> integers ----
 
 template <class Places, class Real>
-__device__ __forceinline__ void load_tile(const Deltas& deltas, const BlockPieces& pieces, uint64_t tile, Places places,
+__device__ __forceinline__ void load_tile(const Deltas& deltas, const Runs<kTile>& runs, Places places,
                                           Real (&x)[kPerLane]) {
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = 0;
-  for_each_run(deltas.pieces, pieces, tile * kTile, kTile, [&](const Run& run) {
+  runs.each([&](const Run& run) {
     if (deltas.before == nullptr) return load(deltas.now[run.tensor], run, places, x);
     Real now[kPerLane] = {};
     load(deltas.before[run.tensor], run, places, x);
@@ -97,13 +95,31 @@ __device__ __forceinline__ void load_tile(const Deltas& deltas, const BlockPiece
   });
 }
 
-// What the largest element of a tile is found by: the bits of |x|, which are ordered as |x| is and take two instructions,
-// or for float64, where they are too long for a warp's maximum, the exponent.
-template <class Real>
-inline constexpr int kNoSize = std::is_same<Real, float>::value ? 0 : kZeroExponent;
+// max(a, b) for a, b >= 0 or NaN, which is larger than all else: an instruction that a maximum of bits takes two for.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(a), "f"(b));
+  return largest;
+#else
+  return float_to_bits(a) < float_to_bits(b) ? b : a;
+#endif
+}
 
-__device__ __forceinline__ int size_of(float x) { return static_cast<int>(float_to_bits(x) & 0x7FFFFFFFu); }
-__device__ __forceinline__ int size_of(double x) { return exponent_or_zero(x); }
+// What the largest element of a tile is found by, of a lane's: the bits of |x|, which are ordered as |x| is, or for
+// float64, where they are too long for a warp's maximum, the exponent.
+__device__ __forceinline__ int largest_size(const float (&x)[kPerLane]) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) largest = max_or_nan(largest, std::fabs(x[i]));
+  return static_cast<int>(float_to_bits(largest));
+}
+__device__ __forceinline__ int largest_size(const double (&x)[kPerLane]) {
+  int largest = kZeroExponent;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) largest = max(largest, exponent_or_zero(x[i]));
+  return largest;
+}
 
 // n of a warp's tile, from the largest size in it.
 __device__ __forceinline__ int tile_exponent(int largest, float) {
@@ -158,17 +174,14 @@ struct TileScale<float> {
   __device__ __forceinline__ Limbs operator()(float x) const { return {raw(x) - offset, 0}; }
 };
 
-// A warp's tile as integers and their sums.
+// A warp's tile as integers and their sums; `runs` are the tile's.
 template <Basis basis, class Real>
-__device__ __forceinline__ void quantise_tile(const Deltas& deltas, const BlockPieces& pieces, uint64_t tile, int warp,
+__device__ __forceinline__ void quantise_tile(const Deltas& deltas, const Runs<kTile>& runs, int warp,
                                               Stage<basis, Real>& stage, TileHeader<Real>& header) {
-  const LanePlaces places = {static_cast<int>(threadIdx.x) % kWarp, kWarp};
+  const LanePlaces<1, kWarp> places = {static_cast<int>(threadIdx.x) % kWarp};
   Real x[kPerLane];
-  load_tile(deltas, pieces, tile, places, x);
-  int size = kNoSize<Real>;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) size = max(size, size_of(x[i]));
-  size = __reduce_max_sync(kAllLanes, size);
+  load_tile(deltas, runs, places, x);
+  const int size = __reduce_max_sync(kAllLanes, largest_size(x));
   const int n = tile_exponent(size, Real());
   header.exponent = n;
   if (!header.has_integers()) return;

@@ -23,6 +23,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __constant__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -225,6 +226,22 @@ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t
         const auto* from_b = reinterpret_cast<const MmaFragments*>(of_lane(MmaFragments::lane_of(column, k)));
         d[r] += from_a->a_at(row, k) * from_b->b_at(k);
       }
+    }
+  });
+}
+
+// Four matrices [8, 8] of 16 bits: the lane 8 i + r brings the address of row r of matrix i, and lane 4 g + t gets of each the
+// column g of the rows 2 t and 2 t + 1 (PTX ISA, "ldmatrix", .trans).
+inline void load_transposed(const void* row, uint32_t (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    std::fprintf(stderr, "emulator: a row of ldmatrix is not aligned to 16 bytes\n");
+    std::abort();
+  }
+  const unsigned lane = threadIdx.x % emulator::kWarp, g = lane / 4, t = lane % 4;
+  emulator::cta.share(reinterpret_cast<int64_t>(row), [&](auto of_lane) {
+    for (unsigned i = 0; i < 4; ++i) {
+      const auto at = [&](unsigned r) { return uint32_t{reinterpret_cast<const uint16_t*>(of_lane(8 * i + r))[g]}; };
+      x[i] = at(2 * t) | at(2 * t + 1) << 16;
     }
   });
 }

@@ -117,6 +117,19 @@ inline Case packed(bool wide) {
   return c;
 }
 
+// One block of pieces that last for many tiles, with what lies between: a gap of several stages of tiles, another that starts
+// and ends in a tile, pieces of nothing, a single element, and a tensor that lies badly for vectors.
+inline Case long_pieces(int64_t columns) {
+  Case c;
+  c.tensors.emplace_back(Dtype::float32, 9000), c.tensors.emplace_back(Dtype::bfloat16, 7003);
+  c.tensors.emplace_back(Dtype::float16, 5), c.tensors.emplace_back(Dtype::float32, 4100);
+  c.add_block(512, 60000, columns);
+  c.add_piece(0, 0, 8192, 512), c.add_piece(0, 8192, 0, 8704), c.add_piece(0, 8192, 300, 8704);
+  c.add_piece(1, 3, 6000, 9100), c.add_piece(2, 4, 1, 15100), c.add_piece(2, 0, 0, 15101);
+  c.add_piece(3, 1, 4096, 15101 + 9 * 1024), c.add_piece(1, 6003, 1000, 30000);
+  return c;
+}
+
 // ---- what a backend should give ----
 
 // The elements of a block from its first piece to its last, 0 in holes.

@@ -129,6 +129,19 @@ void test_project_plans(Basis basis) {
   }
 }
 
+// Most tiles are found from the one before.
+template <class Real>
+void test_long_pieces(Basis basis, int64_t columns) {
+  Case now = long_pieces(columns), before = long_pieces(columns);
+  now.fill(1), before.fill(2);
+  for (const int level : {0, 1}) {
+    const auto what = label<Real>("long pieces", basis) + " level " + std::to_string(level);
+    expect_project<Real>(now, nullptr, {kSeed, basis}, "project " + what, level);
+    expect_project<Real>(now, &before, {kSeed, basis}, "project_difference " + what, level);
+  }
+  expect_apply<Real>(now, some_updates<Real>(columns, 2), basis, 0.4, label<Real>("apply long pieces", basis));
+}
+
 // Enough tiles for every level of the tree to end inside the range.
 template <class Real>
 void test_project_fold() {
@@ -194,9 +207,9 @@ void test_apply_plans(Basis basis) {
 
 // More than 64 groups: H is folded twice.
 template <class Real>
-void test_apply_many_columns(Basis basis) {
+void test_apply_many_columns(Basis basis, int64_t elements = 40) {
   for (const int64_t columns : {4096, 4200, 8300}) {
-    Case c = single(Dtype::float32, 33, 1000, 40, columns);
+    Case c = single(Dtype::float32, 33, 1000, elements, columns);
     c.fill(5);
     const auto what = label<Real>("apply many columns", basis) + " K=" + std::to_string(columns);
     expect_apply<Real>(c, some_updates<Real>(columns, 2), basis, 0.01, what);
@@ -302,6 +315,41 @@ void test_mma() {
     for (int k = 0; k < 32; ++k) expected[i] += a[i / 8 * 32 + k] * b[k * 8 + i % 8];
   }
   check(d == expected, "mma of whole matrices");
+}
+
+// Every element of the four matrices is where the PTX ISA says, with rows in any place.
+struct LoadParams {
+  const cuda::DigitRow* rows;
+  const int* places;  // [32] of the rows
+  uint32_t* x;        // [32, 4]
+};
+
+void load_kernel(LoadParams p) {
+  uint32_t x[4];
+  load_transposed(&p.rows[p.places[threadIdx.x]], x);
+  for (int i = 0; i < 4; ++i) p.x[4 * threadIdx.x + i] = x[i];
+}
+
+void test_load_transposed() {
+  std::vector<cuda::DigitRow> rows(64);
+  std::vector<int> places(32);
+  std::vector<uint32_t> x(128);
+  for (int r = 0; r < 64; ++r) {
+    for (uint32_t i = 0; i < 4; ++i) rows[r].v[i] = (8u * r + 2 * i) | (8u * r + 2 * i + 1) << 16;
+  }
+  for (int r = 0; r < 32; ++r) places[r] = 37 * r % 64;
+  LoadParams params = {rows.data(), places.data(), x.data()};
+  void* arguments[] = {&params};
+  cudaLaunchKernel(load_kernel, dim3(1), dim3(32), arguments, 0, nullptr);
+  bool ok = true;
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const uint32_t column = lane / 4, row = 2 * (lane % 4);
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t low = 8 * places[8 * i + row] + column, high = 8 * places[8 * i + row + 1] + column;
+      ok &= x[4 * lane + i] == (low | high << 16);
+    }
+  }
+  check(ok, "transposed loads of four matrices");
 }
 
 void test_signed_digits() {
@@ -418,6 +466,7 @@ template <class Real>
 void test_all(Basis basis) {
   test_project_columns<Real>(basis);
   test_project_plans<Real>(basis);
+  test_long_pieces<Real>(basis, 5);
   test_project_extremes<Real>(basis);
   test_project_poison<Real>(basis);
   test_apply<Real>(basis);
@@ -437,8 +486,12 @@ void test_matrix_path() {
     }
   }
   test_project_poison<float>(Basis::rademacher);
+  for (const int64_t columns : {5, 40}) test_long_pieces<float>(Basis::rademacher, columns);
   test_apply<float>(Basis::rademacher);
   test_apply_whole_spans();
+  test_apply_many_columns<float>(Basis::rademacher, 1000);
+  test_project_fold<float>();
+  test_many_blocks();
   setenv("FERRET_CUDA_PATH", "fast", 1);
   Case c = single(Dtype::float32, 0, 100, 100, 3);
   auto refs = c.refs();
@@ -447,7 +500,7 @@ void test_matrix_path() {
   auto buffer = workspace_of(cuda::project_workspace(job));
   const auto status = cuda::project(job, aligned(buffer), buffer.size() - 256, nullptr);
   check(!status.ok() && std::strstr(status.where, "simt or mma") != nullptr, "an unknown path is an error");
-  unsetenv("FERRET_CUDA_PATH");
+  setenv("FERRET_CUDA_PATH", "mma", 1);
 }
 
 }  // namespace
@@ -457,6 +510,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: %s tests/golden.txt\n", argv[0]);
     return 2;
   }
+  unsetenv("FERRET_CUDA_PATH");
+  check(cuda::takes_matrix_units(Basis::rademacher, false), "the matrix units are the default");
+  setenv("FERRET_CUDA_PATH", "simt", 1);
   for (const Basis basis : kBases) {
     test_all<float>(basis);
     test_all<double>(basis);
@@ -466,11 +522,11 @@ int main(int argc, char** argv) {
   test_many_blocks();
   test_workspace();
   test_mma();
+  test_load_transposed();
   test_signed_digits();
-  test_matrix_path();
   Cuda backend;
   golden::run(golden::read(argv[1]), backend, "emulator");
-  setenv("FERRET_CUDA_PATH", "mma", 1);
+  test_matrix_path();
   golden::run(golden::read(argv[1]), backend, "emulator, matrix units");
   return testing::summary();
 }
