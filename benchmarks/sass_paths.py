@@ -3,7 +3,8 @@
 Loads, checks and rounding have no inner loop that could be counted: there is code for every dtype, and for
 tiles that lie badly. What an ordinary tile costs is the cheapest way round the loop over tiles on which all
 of the thread's elements are loaded, scaled (a fused multiply-add or more each) and, where the kernel writes,
-stored, and which passes the inner loop once. What some warps do only, folding sums, is not on that way.
+stored, and which passes the inner loop as often as wanted. What some warps do only, folding sums, is not on
+that way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from sass import Instruction, Kernel
 
-Done = tuple[int, int, int, bool]  # elements loaded and stored, fused multiply-adds, inner loop passed
+Done = tuple[int, int, int, int]  # elements loaded and stored, fused multiply-adds, passes of the inner loop
 State = tuple[int, Done]  # a block, and what has been done before it
 ENDS = ("EXIT", "RET", "KILL")
 
@@ -74,7 +75,7 @@ def way_round(
 ) -> tuple[Instruction, ...] | None:
     """Dijkstra's algorithm from `header` back to it, over blocks and what has been done."""
     after = step_over(blocks, inner, size, run, wanted)
-    start: State = (header, (0, 0, 0, False))
+    start: State = (header, (0, 0, 0, 0))
     queue = [(0, start)]
     best, before = {start: 0}, dict[State, State]()
     while queue:
@@ -106,19 +107,16 @@ def step_over(
         moved = (sum(elements_moved(i, op, size) for i in block.code) for op in ("LDG", "STG"))
         loads, stores = (n if n == run else 0 for n in moved)
         fused = sum(i.opcode.startswith("FFMA") for i in block.code)
-        return loads, stores, fused, any(i.address == inner for i in block.code)
+        return loads, stores, fused, int(any(i.address == inner for i in block.code))
 
     facts = {at: facts_of(block) for at, block in blocks.items()}
 
     def after(state: State) -> Iterator[tuple[int, State]]:
-        at, (loaded, stored, fused, passed) = state
-        block = facts[at]
-        done = (
-            min(wanted[0], loaded + block[0]),
-            min(wanted[1], stored + block[1]),
-            min(wanted[2], fused + block[2]),
-            passed or block[3],
+        at, before = state
+        loaded, stored, fused, passed = (
+            min(most, done + more) for most, done, more in zip(wanted, before, facts[at], strict=True)
         )
+        done = (loaded, stored, fused, passed)
         for target in blocks[at].targets:
             yield len(blocks[at].code), (target, done)
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from sass import Instruction, Kernel, parse
-from sass_paths import cheapest_way
+from sass_paths import Done, cheapest_way
 from timer import commit
 
 # ---- an H200 ----
@@ -173,19 +173,19 @@ class Work:
 
     elements: int  # of tensors
     run: int  # of them, read or written at a time
-    columns: int
+    columns: int  # of one pass of the inner loop
     fused: int  # multiply-adds of an element, outside of sums over columns
     writes: bool
+    shown: tuple[int, ...]  # K
 
-    @property
-    def done(self) -> tuple[int, int, int, bool]:
-        return self.elements, self.elements if self.writes else 0, self.fused * self.elements, True
+    def done(self, passes: int) -> Done:
+        return self.elements, self.elements if self.writes else 0, self.fused * self.elements, passes
 
 
 WORK = {
-    "project_matrix_kernel": Work(16, 16, 16, 1, writes=False),
-    "apply_matrix_kernel<16>": Work(32, 8, 16, 2, writes=True),
-    "apply_matrix_kernel<64>": Work(8, 8, 64, 3, writes=True),
+    "project_matrix_kernel": Work(16, 16, 16, 1, writes=False, shown=(16, 64, 512)),
+    "apply_matrix_kernel<16>": Work(32, 32, 16, 2, writes=True, shown=(16,)),
+    "apply_matrix_kernel<64>": Work(16, 16, 64, 3, writes=True, shown=(64, 512)),
 }
 
 
@@ -200,15 +200,24 @@ def tile_rows(kernel: Kernel, inner: int) -> list[dict[str, Any]]:
         return []
     work, rows = WORK[name], []
     for dtype, size in (("float32", 4), ("16 bits", 2)):
-        way = cheapest_way(kernel, inner, size, work.run, work.done)
-        if way is None:
+        once, twice = (cheapest_way(kernel, inner, size, work.run, work.done(n)) for n in (1, 2))
+        if once is None or twice is None:
             sys.exit(f"{name} ({kernel.architecture}): expected a way round for {dtype}, found none")
-        per_element = {pipe: count / work.elements for pipe, count in pipes(way).items()}
-        by_pipe = bounds(per_element, shared_words(way) / work.elements)
-        bandwidth = size * (2 if work.writes else 1) * min(low for low, _ in by_pipe.values())
-        facts = {"instructions": sum(per_element.values()), "pipes": per_element}
-        shares = {"bandwidth": bandwidth, "share_of_copy": bandwidth / COPY_BANDWIDTH}
-        rows.append({"dtype": dtype, "K": work.columns} | facts | shares)
+        for columns in work.shown:
+            more = columns // work.columns - 1  # passes, each as long as a second one
+            way = {
+                pipe: pipes(once)[pipe] + more * (n - pipes(once)[pipe]) for pipe, n in pipes(twice).items()
+            }
+            words = shared_words(once) + more * (shared_words(twice) - shared_words(once))
+            per_element = {pipe: count / work.elements for pipe, count in way.items()}
+            by_pipe = bounds(per_element, words / work.elements)
+            elements = min(low for low, _ in by_pipe.values())
+            bandwidth = size * (2 if work.writes else 1) * elements
+            facts = {"instructions": sum(per_element.values()), "pipes": per_element}
+            shares = {"bandwidth": bandwidth, "share_of_copy": bandwidth / COPY_BANDWIDTH}
+            limit = min(by_pipe, key=lambda pipe: by_pipe[pipe][0])
+            rates = {"basis_elements": columns * elements, "limit": limit}
+            rows.append({"dtype": dtype, "K": columns} | facts | shares | rates)
     return rows
 
 
@@ -257,7 +266,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def tile_line(row: dict[str, Any], tile: dict[str, Any]) -> str:
     text = f"{row['kernel']:46} {row['architecture']:>7} {tile['instructions']:6.2f}"
     text += f"  K = {tile['K']}, {tile['dtype']}: {tile['bandwidth'] / 1e12:.2g}e12 bytes/s"
-    return f"{text}, {tile['share_of_copy']:.0%} of copying"
+    text += f", {tile['share_of_copy']:.0%} of copying"
+    return f"{text}, {tile['basis_elements'] / 1e12:.2g}e12 basis elements/s, by {tile['limit']}"
 
 
 # ---- tools ----

@@ -163,12 +163,13 @@ def test_cheapest_way_does_all_the_work() -> None:
         return None if found is None else sorted(i.address for i in found)
 
     rest = [0xA0, 0xB0, 0xC0, 0xD0, 0xE0, 0xF0]
-    assert way(4, 4, 4, 0, 1, True) == [0x10, 0x20, 0x70, 0x80, *rest]
-    assert way(2, 2, 2, 0, 1, True) == [0x10, 0x20, 0x30, 0x40, 0x50, 0x60, *rest]  # the vector is not theirs
-    assert way(2, 8, 8, 0, 1, True) == [0x10, 0x20, 0x70, 0x80, *rest]  # or it is
-    assert way(4, 2, 2, 0, 1, True) is None  # nothing moves two of four bytes
-    twice = way(4, 4, 8, 0, 1, True)
+    assert way(4, 4, 4, 0, 1, 1) == [0x10, 0x20, 0x70, 0x80, *rest]
+    assert way(2, 2, 2, 0, 1, 1) == [0x10, 0x20, 0x30, 0x40, 0x50, 0x60, *rest]  # the vector is not theirs
+    assert way(2, 8, 8, 0, 1, 1) == [0x10, 0x20, 0x70, 0x80, *rest]  # or it is
+    assert way(4, 2, 2, 0, 1, 1) is None  # nothing moves two of four bytes
+    twice = way(4, 4, 8, 0, 1, 1)
     assert twice is not None
     assert twice.count(0x70) == 2
-    assert way(4, 1, 0, 2, 0, True) == sorted([0x10, 0x20, 0x70, 0x80, *rest] * 2)  # a store each time
-    assert cheapest_way(kernel, 0x100, 4, 1, (0, 0, 0, True)) is None  # in no loop
+    assert way(4, 4, 4, 0, 1, 3) == sorted([0x10, 0x20, 0x70, 0x80, *rest, *[0xB0, 0xC0] * 2])
+    assert way(4, 1, 0, 2, 0, 1) == sorted([0x10, 0x20, 0x70, 0x80, *rest] * 2)  # a store each time
+    assert cheapest_way(kernel, 0x100, 4, 1, (0, 0, 0, 1)) is None  # in no loop
