@@ -211,6 +211,7 @@ struct ApplyLaunches {
 
 std::vector<ApplyBlock> block_table(const Plan& plan, const Takes& takes, int64_t* items) {
   std::vector<ApplyBlock> blocks;
+  blocks.reserve(plan.num_blocks);
   const auto pieces = pieces_by_block(plan);
   int64_t groups = 0;
   *items = 0;

@@ -39,6 +39,7 @@ struct BlockPieces {
 // One entry a block. Pieces of length zero own no element.
 inline std::vector<BlockPieces> pieces_by_block(const Plan& plan) {
   std::vector<BlockPieces> result;
+  result.reserve(plan.num_blocks);
   int64_t p = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) {
     BlockPieces block = {p, p, {0, 0}};

@@ -214,6 +214,7 @@ std::vector<LevelSums> lay_out_levels(const Plan& plan, const std::vector<BlockP
 std::vector<ProjectBlock> block_table(const Plan& plan, const std::vector<BlockPieces>& pieces, const LevelSums& sums,
                                       int64_t* items) {
   std::vector<ProjectBlock> blocks;
+  blocks.reserve(plan.num_blocks);
   *items = 0;
   for (int64_t b = 0; b < plan.num_blocks; ++b) {
     const Range units = spans_of(pieces[b], unit_shift(sums.level));

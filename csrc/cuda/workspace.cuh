@@ -37,10 +37,11 @@ class Workspace {
 
   template <class T>
   const T* table(const T* values, int64_t n) {
-    const size_t at = used_;
     const T* place = room<T>(n);
+    if (base_ == nullptr) return place;
+    const auto* bytes = reinterpret_cast<const char*>(values);
+    image_.insert(image_.end(), bytes, bytes + n * sizeof(T));
     image_.resize(used_);
-    if (n > 0) memcpy(image_.data() + at, values, n * sizeof(T));
     return place;
   }
   template <class T>
