@@ -1,7 +1,7 @@
 """Rates of every operator on one GPU, beside the copy bandwidth and rivals of the same run.
 
     python benchmarks/bench_gpu.py --json FILE [--budget SECONDS] [--quick] [--only SECTION ..]
-    python benchmarks/bench_gpu.py --profile     eight calls, marked for a profiler (see gpu_suite.sh)
+    python benchmarks/bench_gpu.py --profile     calls on both paths, marked for a profiler (see gpu_suite.sh)
 
 The unit is a basis element, as in bench_cpu.py; the share of the copy bandwidth is that of the bytes an
 operator must read and write. Rates are of the median call by the device's clock, beside those of the slowest
@@ -30,10 +30,13 @@ from gpu_cases import (
     GpuCase,
     basis_case,
     by_size,
+    host_difference_case,
     llama_7b,
+    packed_case,
     plan_cases,
     project_case,
     reconstruct_case,
+    rounding_case,
     update_case,
 )
 from gpu_timer import GpuTimer, GpuTiming
@@ -45,7 +48,7 @@ import ferret_ext
 from ferret_ext.ops import Basis
 
 Row = dict[str, Any]
-PATHS = ("simt", "mma")
+PATHS = ("mma", "simt")  # the first is the default
 SAVE_EVERY = 1.0  # seconds
 
 
@@ -53,7 +56,7 @@ SAVE_EVERY = 1.0  # seconds
 class Settings:
     """How much is measured. Lengths are in elements; the defaults need 60 GiB of GPU memory."""
 
-    seconds: float = 0.4  # of timed calls a row
+    seconds: float = 0.25  # of timed calls a row
     numel: int = 1 << 28
     columns: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
     few_columns: tuple[int, ...] = (1, 16, 64, 512)
@@ -64,6 +67,8 @@ class Settings:
     llama_columns: tuple[int, ...] = (1000, 16384)  # in all
     mixed_blocks: int = 300
     small_blocks: int = 100_000
+    host_numel: int = 1 << 30
+    host_blocks: int = 256
     clients: int = 10
     rival_numel: int = 1 << 27
     rival_columns: tuple[int, ...] = (16, 64, 512)
@@ -83,6 +88,8 @@ QUICK = Settings(
     llama_columns=(12,),
     mixed_blocks=3,
     small_blocks=5,
+    host_numel=6000,
+    host_blocks=3,
     clients=2,
     rival_numel=2000,
     rival_columns=(4, 512),
@@ -129,6 +136,7 @@ class Bench:
             "numel": case.numel,
             "K": case.K,
             "clients": case.clients,
+            "path": os.environ.get("FERRET_CUDA_PATH") or PATHS[0],
             "rate": case.elements / timing.median,
             "bandwidth": nbytes / timing.median,
             "share_of_copy": nbytes / timing.median / self.copy_bandwidth if self.copy_bandwidth else None,
@@ -173,7 +181,7 @@ NAMED = ("path", "basis", "dtype")
 
 def line(row: Row) -> str:
     timing: Timing = row["timing"]
-    usual = ("rademacher", "float32", "")
+    usual = ("rademacher", "float32", PATHS[0], "")
     name = " ".join([row["what"], *(row[key] for key in NAMED if row.get(key, "") not in usual)])
     text = f"{name:34} d {row['numel']:>13,} K {row['K']:>6.4g}  {timing.median * 1e3:10.4f} ms"
     text += f" ({timing.fastest * 1e3:.4f} .. {timing.slowest * 1e3:.4f})"
@@ -232,14 +240,13 @@ def checks(bench: Bench) -> None:
 
 
 def columns(bench: Bench) -> None:
-    """Every K"""
+    """Into new memory, with every K; `paths` has the other operators"""
     x = bench.tensor(bench.settings.numel)
-    for K in bench.settings.columns:
-        bench.time_cases("columns", [project_case(x, K), update_case(x, K), reconstruct_case(x, K)])
+    bench.time_cases("columns", [reconstruct_case(x, K) for K in bench.settings.columns])
 
 
 def paths(bench: Bench) -> None:
-    """Every operator on the ordinary units and on the matrix units"""
+    """Project and reconstruct_ with every K, and a 7B Llama's plan in bfloat16, on both paths"""
     x = bench.tensor(bench.settings.numel)
     narrow = x.bfloat16()
     cases = [case(x, K) for K in bench.settings.columns for case in (project_case, update_case)]
@@ -251,7 +258,7 @@ def paths(bench: Bench) -> None:
     for case in cases:
         for path in PATHS:
             with on_path(path):
-                bench.time_case("paths", case, path=path)
+                bench.time_case("paths", case)
 
 
 @contextmanager
@@ -266,19 +273,39 @@ def on_path(path: str) -> Iterator[None]:
 
 
 def plans(bench: Bench) -> None:
-    """Plans: a 7B Llama in bfloat16; blocks of 1000 to 10^7 elements; very many small blocks"""
+    """Plans: blocks of 1000 to 10^7 elements; very many small blocks"""
     settings = bench.settings
     mixed = log_uniform(1000, 10_000_000, settings.mixed_blocks, seed=0)
     small = [10_000] * settings.small_blocks
-    shapes: list[tuple[str, Sequence[int], Sequence[int], torch.dtype]] = [
-        ("mixed", mixed, log_uniform(4, 512, len(mixed), seed=1), torch.float32),
-        ("small blocks", small, [16] * len(small), torch.float32),
-    ]
-    for K in settings.llama_columns:
-        shapes.append((f"7B, K = {K}", settings.llama, by_size(settings.llama, K), torch.bfloat16))
-    for shape, numels, of_blocks, dtype in shapes:
-        cases = plan_cases(numels, of_blocks, dtype, bench.device, settings.clients)
+    shapes = {
+        "mixed": (mixed, log_uniform(4, 512, len(mixed), seed=1)),
+        "small blocks": (small, [16] * len(small)),
+    }
+    for shape, (numels, of_blocks) in shapes.items():
+        cases = plan_cases(numels, of_blocks, torch.float32, bench.device, settings.clients)
         bench.time_cases("plans", cases, shape=shape, blocks=len(numels))
+
+
+def from_host(bench: Bench) -> None:
+    """project_difference with `old` in pinned host memory, beside a copy from there; by the host's clock"""
+    numel = bench.settings.host_numel
+    new = bench.tensor(numel, torch.bfloat16)
+    old = torch.zeros(numel, dtype=torch.bfloat16, pin_memory=bench.device.type == "cuda")
+    buffer = torch.empty_like(new)
+    case = host_difference_case(old, new, bench.settings.host_blocks)
+    calls = {"copy": lambda: buffer.copy_(old, non_blocking=True), case.what: case.call}
+    for what, call in calls.items():
+        bench.check_time()
+        timing = bench.timer.measure_host(call, seconds=bench.settings.seconds, calls=2)
+        row = {"section": "from_host", "what": what, "dtype": "bfloat16", "numel": numel, "K": 4}
+        bench.keep(row | {"bandwidth": old.nbytes / timing.median, "timing": timing})
+
+
+def updates(bench: Bench) -> None:
+    """Stochastic rounding, and coordinates in codes of one bit"""
+    x = bench.tensor(bench.settings.numel, torch.bfloat16)
+    cases = [rounding_case(x, K) for K in bench.settings.few_columns]
+    bench.time_cases("updates", cases + [packed_case(x, K) for K in bench.settings.few_columns])
 
 
 def rivals(bench: Bench) -> None:
@@ -302,8 +329,8 @@ def rivals(bench: Bench) -> None:
 
 
 def dtypes(bench: Bench) -> None:
-    """16-bit and float64 tensors"""
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    """Tensors of float16 and float64; `paths` has bfloat16"""
+    for dtype in (torch.float16, torch.float64):
         x = bench.tensor(bench.settings.numel, dtype)
         for K in bench.settings.few_columns:
             bench.time_cases("dtypes", [project_case(x, K), update_case(x, K)])
@@ -354,16 +381,19 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+# In the order of what one would miss most.
 SECTIONS = {
     "copy": copy,
     "checks": checks,
-    "columns": columns,
     "paths": paths,
-    "plans": plans,
     "rivals": rivals,
-    "dtypes": dtypes,
-    "bases": bases,
     "sizes": sizes,
+    "plans": plans,
+    "from_host": from_host,
+    "updates": updates,
+    "dtypes": dtypes,
+    "columns": columns,
+    "bases": bases,
     "calls": calls,
 }
 
@@ -372,22 +402,21 @@ def profile(settings: Settings, device: torch.device) -> None:
     """Calls on both paths between marks that a profiler started with --profile-from-start off heeds."""
     x = filled(settings.numel, device=device)
     cases = [project_case(x, 16), project_case(x, 512), update_case(x, 16), update_case(x, 64)]
-    for case in cases:
-        case.call()
-    with on_path("mma"):
-        for case in cases:
-            case.call()
+    call_on_both_paths(cases)
     if device.type != "cuda":
         return
     torch.cuda.synchronize()
     torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
-    for case in cases:
-        case.call()
-    with on_path("mma"):
-        for case in cases:
-            case.call()
+    call_on_both_paths(cases)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+
+def call_on_both_paths(cases: Sequence[GpuCase]) -> None:
+    for path in PATHS:
+        with on_path(path):
+            for case in cases:
+                case.call()
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from cases import SEED, Case, filled, make_plan, name_of
 from torch import Tensor
 
-from ferret_ext import BlockPlan
+from ferret_ext import BlockPlan, Packing, project_difference
 from ferret_ext.checks import KINDS
 from ferret_ext.ops import Basis
 
@@ -52,6 +52,34 @@ def update_case(x: Tensor, K: int, basis: Basis = "rademacher") -> GpuCase:
     arguments = blocks, pieces, small_gammas(1, K, x), [SEED], [1.0], 1.0, KINDS[basis]
     call = partial(_ops.apply_blocks_, [x], *arguments)
     return GpuCase("reconstruct_", call, x.numel(), K, x.nbytes, x.nbytes, basis, name_of(x.dtype))
+
+
+def rounding_case(x: Tensor, K: int) -> GpuCase:
+    """reconstruct_ into 16-bit parameters, rounded at random."""
+    case = update_case(x, K)
+    call = partial(cast(Any, case.call), rounding_seed=3)
+    return replace(case, what="reconstruct_, by chance", call=call)
+
+
+def packed_case(x: Tensor, K: int) -> GpuCase:
+    """reconstruct_ from codes that choose the largest of 256 candidates, a sign each."""
+    packing = Packing(bits=1, choice=8)
+    blocks, pieces = torch.tensor([[0, x.numel(), K, 0]]), torch.tensor([[0, 0, x.numel(), 0, 0]])
+    codes = torch.full((1, packing.code_bytes(K)), 0x5A, dtype=torch.uint8, device=x.device)
+    scales = torch.full((1, 1), 1e-6, device=x.device)
+    arguments = blocks, pieces, K, codes, scales, packing.bits, packing.choice, [SEED], [1.0], 1.0
+    call = partial(_ops.apply_packed_, [x], *arguments, KINDS["rademacher"])
+    return GpuCase("apply_ of codes", call, x.numel(), K, x.nbytes, x.nbytes, "rademacher", name_of(x.dtype))
+
+
+def host_difference_case(old: Tensor, new: Tensor, blocks: int) -> GpuCase:
+    """project_difference of equal blocks with 4 coordinates each, `old` in host memory."""
+    plan = make_plan([new.numel() // blocks] * blocks, [4] * blocks)
+    old_parts, new_parts = (torch.split(x, new.numel() // blocks) for x in (old, new))
+    call = partial(project_difference, plan, old_parts[:blocks], new_parts[:blocks], SEED)
+    numel, K = size_of(plan)
+    read = 2 * new.element_size() * numel
+    return GpuCase("project_difference", call, numel, K, read, 0, "rademacher", name_of(new.dtype))
 
 
 def basis_case(x: Tensor, basis: Basis) -> GpuCase:

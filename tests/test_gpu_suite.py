@@ -64,6 +64,9 @@ def test_every_section_leaves_rows_and_nothing_is_left_out(bench: Bench) -> None
         assert row["rate"] == pytest.approx(row["numel"] * row["K"] / row["timing"].median)
         assert row["share_of_copy"] == pytest.approx(row["bandwidth"] / bench.copy_bandwidth)
     assert [row["same"] for row in rows(bench, "checks")] == [True] * 4
+    assert {row["path"] for row in rows(bench, "paths")} == {"mma", "simt"}
+    assert {row["path"] for row in rows(bench, "sizes") + rows(bench, "plans")} == {"mma"}
+    assert [row["what"] for row in rows(bench, "from_host")] == ["copy", "project_difference"]
 
 
 def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +267,7 @@ def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> 
     [
         ('"-m pytest"*) echo 3 passed; exit ;;', "passed", "tests/federated tests/remote: 3 passed"),
         ('"-m pytest"*) echo 1 failed; exit 1 ;;', "failed (1)", "tests/federated tests/remote: 1 failed"),
+        ('"-m pytest"*) echo 9 skipped; exit ;;', "failed (1)", "tests/federated tests/remote: 9 skipped"),
         (
             "*transformers*) exit 1 ;;",
             "passed",
@@ -276,6 +280,21 @@ def test_suite_runs_the_tests_of_every_folder(others: str, status: str, note: st
     run_suite(tmp_path, STAGES="tests", PYTHON=python)
     (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
     assert (stage["status"], stage["note"]) == (status, f"tests/native: 350 passed; {note}")
+
+
+def test_suite_says_when_the_package_itself_is_broken(tmp_path: Path) -> None:
+    run_suite(tmp_path, STAGES="tests", PYTHON=python_that(tmp_path, "*'import ferret_ext') exit 1 ;;"))
+    (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert (stage["status"], stage["note"]) == ("failed (1)", "ferret_ext cannot be imported: see suite.log")
+
+
+def test_suite_keeps_time_for_a_round(tmp_path: Path) -> None:
+    python = python_that(
+        tmp_path, "*bench_round*) exit 0 ;; *transformers*) exit 0 ;; *gpu_report*) ;; *) exit 1 ;;"
+    )
+    run = run_suite(tmp_path, STAGES="bench round", TOTAL="120", PYTHON=python)
+    assert "bench (at most 40 s" in run.stdout
+    assert "round (at most 120 s" in run.stdout or "round (at most 119 s" in run.stdout
 
 
 def test_a_round_that_fails_on_one_path_is_timed_on_the_other(tmp_path: Path) -> None:

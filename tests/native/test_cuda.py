@@ -145,6 +145,52 @@ def test_cuda_project_difference_from_host_memory(
         ferret_ext.project_difference(plan, [old[0], *new[1:]], new, SEED)
 
 
+def plan_of(lengths: list[int], K: int) -> BlockPlan:
+    return BlockPlan.from_parameters(
+        [(f"p{i}", torch.zeros(n, requires_grad=True)) for i, n in enumerate(lengths)], K
+    )
+
+
+def test_cuda_project_difference_from_host_memory_keeps_no_copy() -> None:
+    """Two runs of 64 MiB are all that it takes beside the model, here on a stream of its own."""
+    count, numel = 40, 1 << 22
+    new = [normal(numel, i % 3).cuda() for i in range(count)]
+    old = [part.cpu().neg().pin_memory() for part in new]
+    plan = plan_of([numel] * count, 4 * count)
+    expected = ferret_ext.project_difference(plan, old, [part.cpu() for part in new], SEED)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = ferret_ext.project_difference(plan, old, new, SEED).cpu()
+    assert_same_bits(got, expected)
+    assert torch.cuda.max_memory_allocated() - before < sum(part.nbytes for part in new) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_stochastic_rounding_is_the_cpus(dtype: torch.dtype, basis: str) -> None:
+    lengths = [3000, 17, 5000]
+    here = list(torch.split(normal(sum(lengths), 1, dtype), lengths))
+    there = [part.cuda() for part in here]
+    plan = plan_of(lengths, 200)
+    row = normal(plan.K, 2)
+    ferret_ext.apply_(plan, here, [(5, row, 0.5)], 0.1, basis=basis, rounding_seed=7)
+    ferret_ext.apply_(plan, there, [(5, row.cuda(), 0.5)], 0.1, basis=basis, rounding_seed=7)
+    for a, b in zip(there, here, strict=True):
+        assert_same_bits(a.cpu(), b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_works_on_a_device_that_is_not_the_current_one(basis: str) -> None:
+    delta, gamma = normal(9000), normal(70, 1)
+    with torch.cuda.device(0):
+        got = ferret_ext.project(delta.to("cuda:1"), SEED, 70, basis=basis)
+        rebuilt = ferret_ext.reconstruct(gamma.to("cuda:1"), SEED, 9000, basis=basis)
+    assert got.device.index == rebuilt.device.index == 1
+    assert_same_bits(got.cpu(), ferret_ext.project(delta, SEED, 70, basis=basis))
+    assert_same_bits(rebuilt.cpu(), ferret_ext.reconstruct(gamma, SEED, 9000, basis=basis))
+
+
 @pytest.mark.parametrize("packing", [Packing(1), Packing(4), Packing(8), Packing(1, 8)], ids=str)
 def test_cuda_apply_of_packed_coordinates_is_the_cpus(packing: Packing, basis: str) -> None:
     named = [(f"p{i}", tensor.requires_grad_()) for i, tensor in enumerate(model(0, (torch.float32,)))]
@@ -231,8 +277,7 @@ def test_cuda_graph_replays_single_tensor_operators(basis: str) -> None:
 def test_cuda_graph_replays_plan_operators(count: int) -> None:
     """900 blocks: their tables are larger than the parameters of one kernel."""
     lengths = [3000 + 7 * (i % 50) for i in range(count)]
-    named = [(f"p{i}", torch.zeros(n, requires_grad=True)) for i, n in enumerate(lengths)]
-    plan = BlockPlan.from_parameters(named, 3 * count)
+    plan = plan_of(lengths, 3 * count)
 
     def tensors(seed: int, device: str = "cpu") -> list[Tensor]:
         return [part.to(device) for part in torch.split(normal(sum(lengths), seed), lengths)]
