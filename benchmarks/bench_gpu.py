@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from cases import SEED, filled, log_uniform
 from gpu_cases import (
+    PATHS,
     GpuCase,
     basis_case,
     by_size,
@@ -48,7 +49,6 @@ import ferret_ext
 from ferret_ext.ops import Basis
 
 Row = dict[str, Any]
-PATHS = ("mma", "simt")  # the first is the default
 SAVE_EVERY = 1.0  # seconds
 
 
@@ -136,7 +136,7 @@ class Bench:
             "numel": case.numel,
             "K": case.K,
             "clients": case.clients,
-            "path": os.environ.get("FERRET_CUDA_PATH") or PATHS[0],
+            "path": case.path,
             "rate": case.elements / timing.median,
             "bandwidth": nbytes / timing.median,
             "share_of_copy": nbytes / timing.median / self.copy_bandwidth if self.copy_bandwidth else None,
@@ -229,14 +229,15 @@ def checks(bench: Bench) -> None:
         same = {}
         for path in PATHS:
             with on_path(path):
-                same[f"project {path}"] = torch.equal(ferret_ext.project(there, SEED, 16).cpu(), gamma)
+                same["project", path] = torch.equal(ferret_ext.project(there, SEED, 16).cpu(), gamma)
                 rebuilt = there.clone()
                 ferret_ext.reconstruct_(rebuilt, gamma.to(bench.device), SEED)
-                same[f"reconstruct_ {path}"] = torch.equal(rebuilt.cpu(), here)
+                same["reconstruct_", path] = torch.equal(rebuilt.cpu(), here)
                 del rebuilt
-        for what, equal in same.items():
-            bench.rows.append({"section": "checks", "what": what, "numel": numel, "K": 16, "same": equal})
-            print(f"{what:34} d {numel:>13,} {'the same' if equal else 'DIFFERENT'}", flush=True)
+        for (what, path), equal in same.items():
+            row = {"section": "checks", "what": what, "path": path, "numel": numel, "K": 16, "same": equal}
+            bench.rows.append(row)
+            print(f"{what + ' ' + path:34} d {numel:>13,} {'the same' if equal else 'DIFFERENT'}", flush=True)
 
 
 def columns(bench: Bench) -> None:
@@ -287,18 +288,26 @@ def plans(bench: Bench) -> None:
 
 
 def from_host(bench: Bench) -> None:
-    """project_difference with `old` in pinned host memory, beside a copy from there; by the host's clock"""
+    """project_difference with `old` in pinned memory: bytes of it, beside a copy of them; the host's clock"""
     numel = bench.settings.host_numel
     new = bench.tensor(numel, torch.bfloat16)
     old = torch.zeros(numel, dtype=torch.bfloat16, pin_memory=bench.device.type == "cuda")
     buffer = torch.empty_like(new)
     case = host_difference_case(old, new, bench.settings.host_blocks)
-    calls = {"copy": lambda: buffer.copy_(old, non_blocking=True), case.what: case.call}
-    for what, call in calls.items():
+    ways: dict[str, tuple[Callable[[], object], Row]] = {
+        "copy from the host": (partial(buffer.copy_, old, non_blocking=True), {"K": 0}),
+        case.what: (case.call, {"K": case.K, "path": case.path}),
+    }
+    copied = 0.0
+    for what, (call, facts) in ways.items():
         bench.check_time()
         timing = bench.timer.measure_host(call, seconds=bench.settings.seconds, calls=2)
-        row = {"section": "from_host", "what": what, "dtype": "bfloat16", "numel": numel, "K": 4}
-        bench.keep(row | {"bandwidth": old.nbytes / timing.median, "timing": timing})
+        bandwidth = old.nbytes / timing.median
+        row = {"section": "from_host", "what": what, "dtype": "bfloat16", "numel": numel} | facts
+        if copied:
+            row |= {"rate": case.elements / timing.median, "share_of_copy": bandwidth / copied}
+        copied = copied or bandwidth
+        bench.keep(row | {"bandwidth": bandwidth, "timing": timing})
 
 
 def updates(bench: Bench) -> None:
@@ -359,7 +368,8 @@ def calls(bench: Bench) -> None:
     """Time of a call as the host sees it: function, operator, replayed graph; K = 16"""
     for numel in bench.settings.call_numels:
         x = bench.tensor(numel)
-        operator = project_case(x, 16).call
+        case = project_case(x, 16)
+        operator = case.call
         ways: dict[str, Callable[[], object]] = {
             "function": partial(ferret_ext.project, x, SEED, 16),
             "operator": operator,
@@ -369,7 +379,8 @@ def calls(bench: Bench) -> None:
         for what, call in ways.items():
             bench.check_time()
             timing = bench.timer.measure_host(call, seconds=bench.settings.seconds)
-            bench.keep({"section": "calls", "what": what, "numel": numel, "K": 16, "timing": timing})
+            row = {"section": "calls", "what": what, "path": case.path, "numel": numel, "K": 16}
+            bench.keep(row | {"timing": timing})
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from ferret_ext.checks import KINDS
 from ferret_ext.ops import Basis
 
 _ops: Any = torch.ops.ferret
+PATHS = ("mma", "simt")  # of the kernels; the first is the default
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,13 @@ class GpuCase(Case):
     @property
     def elements(self) -> float:
         return self.numel * self.K * self.clients
+
+    @property
+    def path(self) -> str:
+        """The kernels that a call takes now, which csrc/cuda/path.h chooses at every call."""
+        if self.what == "basis" or self.basis != "rademacher" or self.dtype == "float64":
+            return "simt"
+        return os.environ.get("FERRET_CUDA_PATH") or PATHS[0]
 
 
 def small_gammas(clients: int, K: int, x: Tensor) -> Tensor:

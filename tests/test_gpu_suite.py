@@ -65,8 +65,36 @@ def test_every_section_leaves_rows_and_nothing_is_left_out(bench: Bench) -> None
         assert row["share_of_copy"] == pytest.approx(row["bandwidth"] / bench.copy_bandwidth)
     assert [row["same"] for row in rows(bench, "checks")] == [True] * 4
     assert {row["path"] for row in rows(bench, "paths")} == {"mma", "simt"}
-    assert {row["path"] for row in rows(bench, "sizes") + rows(bench, "plans")} == {"mma"}
-    assert [row["what"] for row in rows(bench, "from_host")] == ["copy", "project_difference"]
+    assert {row["path"] for row in rows(bench, "sizes") + rows(bench, "calls")} == {"mma"}
+    host, ours = rows(bench, "from_host")
+    assert (host["what"], ours["what"], ours["path"]) == ("copy from the host", "project_difference", "mma")
+    assert ours["share_of_copy"] == pytest.approx(host["timing"].median / ours["timing"].median)
+    assert ours["rate"] == pytest.approx(6000 * 4 / ours["timing"].median)
+
+
+def test_rows_say_which_kernels_ran(bench: Bench) -> None:
+    """As csrc/cuda/path.h chooses: rademacher columns of at most 32 bits go to the matrix units."""
+    yardsticks = ("copy", "copy from the host", "update in place", "read")
+    for row in bench.rows:
+        assert ("path" in row) == (row["what"] not in yardsticks), row
+    for row in rows(bench, "bases"):
+        assert row["path"] == "simt"
+    for row in rows(bench, "dtypes"):
+        assert row["path"] == {"float16": "mma", "float64": "simt"}[row["dtype"]]
+
+
+@pytest.mark.parametrize(("wanted", "path"), [(None, "mma"), ("", "mma"), ("mma", "mma"), ("simt", "simt")])
+def test_the_environment_chooses_the_kernels_of_a_case(
+    wanted: str | None, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FERRET_CUDA_PATH", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("FERRET_CUDA_PATH", wanted)
+    cases = plan_cases([1000] * 20, [3] * 20, torch.float32, CPU, clients=2)
+    for case in (project_case(torch.zeros(10), 512), update_case(torch.zeros(10).bfloat16(), 1), *cases):
+        assert case.path == path
+    for wide in (update_case(torch.zeros(10).double(), 4), project_case(torch.zeros(10), 4, "gaussian")):
+        assert wide.path == "simt"
 
 
 def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
