@@ -97,6 +97,11 @@ def test_the_environment_chooses_the_kernels_of_a_case(
         assert wide.path == "simt"
 
 
+def test_sections_come_in_the_order_of_what_one_would_miss() -> None:
+    order = [name for name in SECTIONS if name not in ("from_host", "updates", "bases")]
+    assert order == ["copy", "checks", "paths", "sizes", "plans", "rivals", "dtypes", "columns", "calls"]
+
+
 def test_bench_notes_what_fails_or_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bench: Bench) -> None:
         """Broken"""
