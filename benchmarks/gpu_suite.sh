@@ -77,16 +77,29 @@ stage_answers() {
 
 # The operators' own tests come first; those around them need packages that a machine with torch may lack.
 stage_tests() {
-  local found="" failed=0
-  "$python" -c 'import ferret_ext' || { echo "ferret_ext cannot be imported: see suite.log"; return 1; }
+  local found="" failed=0 error
+  error=$(why_not ferret_ext) || { echo "ferret_ext cannot be imported: $error"; return 1; }
   run_tests tests/native || failed=1
-  if "$python" -c 'import ferret_ext.federated.cli, transformers'; then
+  if error=$(why_not transformers ferret_ext.federated.cli); then
     run_tests tests/federated tests/remote || failed=1
   else
-    found+="; tests/federated and tests/remote left out: packages are missing"
+    found+="; tests/federated and tests/remote left out: $error"
+    [[ $error == "ModuleNotFoundError: "* && $error != *"'ferret_ext"* ]] || failed=1  # a package that may be missing
   fi
   echo "${found#; }"
   return $failed
+}
+
+# Fails where one of these modules cannot be imported, and says why; the traceback goes to the log.
+why_not() {
+  local module traceback code
+  for module in "$@"; do
+    traceback=$("$python" -c "import $module" 2>&1) && continue
+    code=$?
+    echo "$traceback" >&2
+    tail -n 1 <<< "${traceback:-exit status $code}"
+    return 1
+  done
 }
 
 run_tests() {
@@ -173,14 +186,15 @@ declare -A budgets=([machine]=30 [build]=180 [answers]=30 [tests]=90 [sanitizer]
   [peers]=30 [round]=120)
 stages=${STAGES:-machine build answers tests sanitizer bench micro profile peers round}
 
-kept=0
-[[ $stages == *" round" ]] && kept=80
+kept=0  # for a round that is still to come
+[[ " $stages " == *" round "* ]] && kept=80
 
 report() { "$python" benchmarks/gpu_report.py "$work" "$out"; }
 
 run_stage() {
   local name=$1 begin=$SECONDS left=$((total - SECONDS)) code=0
-  [ "$name" = round ] || left=$((left - kept))
+  [ "$name" = round ] && kept=0
+  left=$((left - kept))
   budget=${budgets[$name]}
   [ $left -lt "$budget" ] && budget=$left
   if [ "$budget" -lt 10 ]; then

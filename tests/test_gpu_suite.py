@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -295,6 +296,14 @@ def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "table.txt", "suite.log"}
 
 
+MISSING = "ModuleNotFoundError: No module named '{}'"
+
+
+def failing(arguments: str, error: str) -> str:
+    """A case of `python_that`: these arguments end with a traceback."""
+    return f'"-c {arguments}") echo "Traceback"; echo "{error}"; exit 1 ;;'
+
+
 @pytest.mark.parametrize(
     ("others", "status", "note"),
     [
@@ -302,9 +311,19 @@ def test_suite_goes_on_when_stages_fail_or_tools_are_missing(tmp_path: Path) -> 
         ('"-m pytest"*) echo 1 failed; exit 1 ;;', "failed (1)", "tests/federated tests/remote: 1 failed"),
         ('"-m pytest"*) echo 9 skipped; exit ;;', "failed (1)", "tests/federated tests/remote: 9 skipped"),
         (
-            "*transformers*) exit 1 ;;",
+            f"{failing('import transformers', MISSING.format('transformers'))}",
             "passed",
-            "tests/federated and tests/remote left out: packages are missing",
+            f"tests/federated and tests/remote left out: {MISSING.format('transformers')}",
+        ),
+        (
+            f"{failing('import ferret_ext.federated.cli', MISSING.format('ferret_ext.wire'))}",
+            "failed (1)",
+            f"tests/federated and tests/remote left out: {MISSING.format('ferret_ext.wire')}",
+        ),
+        (
+            f"{failing('import ferret_ext.federated.cli', 'SyntaxError: invalid syntax')}",
+            "failed (1)",
+            "tests/federated and tests/remote left out: SyntaxError: invalid syntax",
         ),
     ],
 )
@@ -316,18 +335,27 @@ def test_suite_runs_the_tests_of_every_folder(others: str, status: str, note: st
 
 
 def test_suite_says_when_the_package_itself_is_broken(tmp_path: Path) -> None:
-    run_suite(tmp_path, STAGES="tests", PYTHON=python_that(tmp_path, "*'import ferret_ext') exit 1 ;;"))
+    error = "OSError: libferret_ops_cuda.so: undefined symbol: f"
+    run_suite(tmp_path, STAGES="tests", PYTHON=python_that(tmp_path, failing("import ferret_ext", error)))
     (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
-    assert (stage["status"], stage["note"]) == ("failed (1)", "ferret_ext cannot be imported: see suite.log")
+    assert (stage["status"], stage["note"]) == ("failed (1)", f"ferret_ext cannot be imported: {error}")
+    assert "Traceback" in (tmp_path / "out" / "suite.log").read_text()
+    crashing = python_that(tmp_path, '"-c import ferret_ext") exit 139 ;;')
+    run_suite(tmp_path, STAGES="tests", PYTHON=crashing)
+    (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert stage["note"] == "ferret_ext cannot be imported: exit status 139"
 
 
-def test_suite_keeps_time_for_a_round(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", ["bench round", "bench round machine", "bench machine round"])
+def test_suite_keeps_time_for_a_round(stages: str, tmp_path: Path) -> None:
     python = python_that(
         tmp_path, "*bench_round*) exit 0 ;; *transformers*) exit 0 ;; *gpu_report*) ;; *) exit 1 ;;"
     )
-    run = run_suite(tmp_path, STAGES="bench round", TOTAL="120", PYTHON=python)
-    assert "bench (at most 40 s" in run.stdout
-    assert "round (at most 120 s" in run.stdout or "round (at most 119 s" in run.stdout
+    run = run_suite(tmp_path, STAGES=stages, TOTAL="120", PYTHON=python)
+    allowed = {name: int(seconds) for name, seconds in re.findall(r"== (\w+) \(at most (\d+) s", run.stdout)}
+    assert [*allowed] == stages.split()
+    assert allowed["bench"] == 40
+    assert 110 <= allowed["round"] <= 120
 
 
 def test_a_round_that_fails_on_one_path_is_timed_on_the_other(tmp_path: Path) -> None:
