@@ -2,13 +2,15 @@
 
     python benchmarks/bench_round.py [--layers 22] [--length 512] [--K 1000] [--clients 10] [--json FILE]
     python benchmarks/bench_round.py --shape llama-7b --device cuda --steps 10 --accumulation 4 --trained 2
+                                     [--start-on-host]
 
 The model has TinyLlama-1.1B's or Llama 2 7B's shape and random weights; nothing is downloaded. Every client
 starts from the same weights, takes `steps` local steps, each on the mean gradient of `accumulation` sequences
 of random tokens of its own, and sends its update, projected and encoded by the federated layer as in any
 other run. With `trained` only so many clients do; the others take one step on one sequence, which is not
-timed. Then the next model is rebuilt from all clients' messages, as every party does. For a quick trial:
---layers 1 --hidden 256.
+timed. Then the next model is rebuilt from all clients' messages, as every party does. With `start-on-host`
+the copy of the weights as the round began lies in host memory, as with `training.start_on_host`. For a quick
+trial: --layers 1 --hidden 256.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def train(model: Any, examples: Sequence[Example], accumulation: int) -> float:
     return float(torch.stack(losses).mean())
 
 
-def play_round(model: Any, K: int, clients: int, work: Work, trained: int) -> dict[str, Any]:
+def play_round(
+    model: Any, K: int, clients: int, work: Work, trained: int, start_on_host: bool = False
+) -> dict[str, Any]:
     """A round, after one local step that is not counted, as one row of results in seconds and bytes.
 
     The rebuilding is repeated, and the first one not counted.
@@ -113,6 +117,7 @@ def play_round(model: Any, K: int, clients: int, work: Work, trained: int) -> di
     settings = FerretConfig(K=K, coordinates="float32", allocation="size", granularity="tensor")
     ferret = Ferret(settings, 1.0, local_training)
     replica = ferret.replicate(model)
+    replica.start_on_host = start_on_host
     replica.mark()
     short = Work(work.length)
     train(model, random_examples(clients, short), 1)
@@ -157,6 +162,7 @@ def play_round(model: Any, K: int, clients: int, work: Work, trained: int) -> di
         "length": work.length,
         "steps": work.steps,
         "accumulation": work.accumulation,
+        "start_on_host": start_on_host,
         "share_changed": changed,
         "local": local,
         "project": project,
@@ -173,7 +179,7 @@ def play_round(model: Any, K: int, clients: int, work: Work, trained: int) -> di
 def share_changed(replica: Replica) -> float:
     """The share of the weights that differ from the round's start."""
     pairs = zip(replica.params, replica.start, strict=True)
-    changed = sum(int(torch.count_nonzero(param != start)) for param, start in pairs)
+    changed = sum(int(torch.count_nonzero(param != start.to(param.device))) for param, start in pairs)
     return changed / sum(param.numel() for param in replica.params)
 
 
@@ -229,6 +235,9 @@ def main() -> None:
     parser.add_argument("--trained", type=int, help="clients that take all steps (all of them)")
     parser.add_argument("--K", type=int, default=1000, help="coordinates of an update, over all blocks")
     parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument(
+        "--start-on-host", action="store_true", help="keep the round's start in host memory, not on the GPU"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
@@ -240,7 +249,7 @@ def main() -> None:
     model = llama(replace(SHAPES[arguments.shape], **given), arguments.device)
     work = Work(arguments.length, arguments.steps, arguments.accumulation)
     trained = arguments.clients if arguments.trained is None else arguments.trained
-    row = play_round(model, arguments.K, arguments.clients, work, trained)
+    row = play_round(model, arguments.K, arguments.clients, work, trained, arguments.start_on_host)
     print(table(row))
     if arguments.json is not None:
         write(arguments.json, [row])

@@ -8,19 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_round.py"
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 176, 32000
 UPDATE = 103  # bytes around the coordinates, of them 90 the head
 BROADCAST = 103  # bytes around the updates and their lengths of 3 bytes
 
 
-def test_bench_round_counts_the_messages_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--start-on-host"]], ids=["", "start on host"])
+def test_bench_round_counts_the_messages_bytes(flags: list[str], tmp_path: Path) -> None:
     written = tmp_path / "round.json"
     options = {"--layers": 1, "--hidden": HIDDEN, "--length": 8, "--K": 40, "--clients": 3, "--json": written}
     options |= {"--steps": 2, "--accumulation": 2, "--trained": 1}
     arguments = [str(word) for option in options.items() for word in option]
     done = subprocess.run(
-        [sys.executable, BENCHMARK, *arguments], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, BENCHMARK, *arguments, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -36,5 +43,6 @@ def test_bench_round_counts_the_messages_bytes(tmp_path: Path) -> None:
     assert row["sent_bytes"] == UPDATE + 4 * 40
     assert row["received_bytes"] == BROADCAST + 3 * (3 + row["sent_bytes"])
     assert row["share_changed"] > 0
+    assert row["start_on_host"] == bool(flags)
     assert row["peak_memory_bytes"] > row["model_bytes"]
     assert re.search(r"sent by a client +263 bytes", done.stdout)
