@@ -3,8 +3,8 @@
     python benchmarks/gpu_report.py PARTS OUT
 
 PARTS holds stages.tsv (name, exit status, seconds, last line) and, where their stages got so far, gpu.csv,
-bench.json, round-simt.json, round-mma.json, micro.jsonl and profile.csv. Only the standard library is needed,
-so that there is a report whatever failed.
+bench.json, round-simt.json, round-mma.json, round-host.json, micro.jsonl and profile.csv. Only the standard
+library is needed, so that there is a report whatever failed.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def collect(parts: Path) -> Row:
         "micro": [json.loads(line) for line in read(parts / "micro.jsonl").splitlines() if line[:1] == "{"],
         "rounds": [
             row | {"path": path}
-            for path in ("simt", "mma")
-            for row in json.loads(read(parts / f"round-{path}.json") or '{"rows": []}')["rows"]
+            for part, path in (("simt", "simt"), ("mma", "mma"), ("host", "mma"))
+            for row in json.loads(read(parts / f"round-{part}.json") or '{"rows": []}')["rows"]
         ],
         "profile": read_profile(read(parts / "profile.csv")),
         "rows": bench.get("rows", []),
@@ -112,7 +112,8 @@ def micro_line(row: Row) -> str:
 def round_line(row: Row) -> str:
     seconds = {part: row[part]["median"] for part in ("local", "project", "rebuild")}
     parts = ", ".join(f"{part} {value:.4f} s" for part, value in seconds.items())
-    text = f"round of {row['parameters'] / 1e9:.1f}e9 parameters, {row['clients']} clients, {row['path']}: "
+    path = row["path"] + (", start on host" if row.get("start_on_host") else "")
+    text = f"round of {row['parameters'] / 1e9:.1f}e9 parameters, {row['clients']} clients, {path}: "
     memory = f"peak {row['peak_memory_bytes'] / 2**30:.1f} GiB"
     return f"{text}{parts}; projection and rebuilding {row['share_of_local']:.1%} of local, {memory}"
 

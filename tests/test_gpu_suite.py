@@ -236,6 +236,7 @@ def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
     )
     (tmp_path / "profile.csv").write_text(NCU)
     (tmp_path / "round-mma.json").write_text(json.dumps({"rows": [ROUND]}))
+    (tmp_path / "round-host.json").write_text(json.dumps({"rows": [ROUND | {"start_on_host": True}]}))
     write(tmp_path / "bench.json", bench.rows, notes=["sizes: no time left"], device="some GPU")
     run = collect(tmp_path)
     text = table(run)
@@ -247,6 +248,7 @@ def test_report_of_all_parts(bench: Bench, tmp_path: Path) -> None:
         "1.600e+13",
         "sizes: no time left",
         "10 clients, mma: local 2.0000 s",
+        "10 clients, mma, start on host: local 2.0000 s",
         "3.1% of local, peak 3.0 GiB",
         "the same bits",
     ):
@@ -360,13 +362,29 @@ def test_suite_keeps_time_for_a_round(stages: str, tmp_path: Path) -> None:
 
 def test_a_round_that_fails_on_one_path_is_timed_on_the_other(tmp_path: Path) -> None:
     (tmp_path / "round.json").write_text(json.dumps({"rows": [ROUND]}))
-    answer = f'[ $FERRET_CUDA_PATH = mma ] && exit 3; cp {tmp_path}/round.json "${{@: -1}}"; exit'
+    answer = '[[ "$FERRET_CUDA_PATH $*" = "mma "*"--trained 2"* ]] && exit 3; '
+    answer += f'cp {tmp_path}/round.json "${{@: -1}}"; exit'
     run = run_suite(tmp_path, STAGES="round", PYTHON=python_that(tmp_path, f"*bench_round*) {answer} ;;"))
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
     (stage,) = result["stages"]
     assert (stage["status"], stage["note"]) == ("failed (1)", "failed: mma (exit status 3)")
-    assert result["rounds"] == [ROUND | {"path": "simt"}]
+    assert result["rounds"] == [ROUND | {"path": path} for path in ("simt", "mma")]
+
+
+def test_a_start_in_host_memory_is_timed_in_what_two_rounds_leave(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    answer = f'echo "$FERRET_CUDA_PATH $*" >> {seen}; exit'
+    python = python_that(tmp_path, f"*bench_round*) {answer} ;; *transformers*) exit ;;")
+    run_suite(tmp_path, STAGES="round", PYTHON=python)
+    third = seen.read_text().splitlines()[2]
+    assert third.startswith("mma ")
+    assert "--start-on-host" in third
+    seen.unlink()
+    run_suite(tmp_path, STAGES="round", TOTAL="18", PYTHON=python)
+    (stage,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert (stage["status"], stage["note"]) == ("passed", "no time left for a start in host memory")
+    assert len(seen.read_text().splitlines()) == 2
 
 
 def test_suite_leaves_out_stages_without_time(tmp_path: Path) -> None:
