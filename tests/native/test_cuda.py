@@ -25,6 +25,9 @@ PLACES = [
 ]
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.fixture(params=[*((basis, "simt") for basis in BASES), ("rademacher", "mma")], ids="-".join)
 def basis(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every kind, and the one that matrix units know on them too."""
@@ -145,6 +148,28 @@ def test_cuda_project_difference_from_host_memory(
         ferret_ext.project_difference(plan, [old[0], *new[1:]], new, SEED)
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_cuda_project_difference_from_host_memory_heeds_the_current_stream(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a side stream, where `new` is written late, with what the buffers hold now before them."""
+    monkeypatch.setattr(from_host, "RUN_BYTES", 5000)  # several runs
+    dtypes = (torch.bfloat16, torch.float32)
+    old, new = model(100, dtypes), model(200, dtypes)
+    plan = plan_of([part.numel() for part in new], 300)
+    expected = ferret_ext.project_difference(plan, old, [2 * part for part in new], SEED)
+    old, there = [x.pin_memory() if pinned else x for x in old], [x.cuda() for x in new]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for part in there:
+            part.mul_(2)
+        got = ferret_ext.project_difference(plan, old, there, SEED)
+    stream.synchronize()
+    assert_same_bits(got.cpu(), expected)
+
+
 def plan_of(lengths: list[int], K: int) -> BlockPlan:
     return BlockPlan.from_parameters(
         [(f"p{i}", torch.zeros(n, requires_grad=True)) for i, n in enumerate(lengths)], K
@@ -178,9 +203,13 @@ def test_cuda_stochastic_rounding_is_the_cpus(dtype: torch.dtype, basis: str) ->
     ferret_ext.apply_(plan, there, [(5, row.cuda(), 0.5)], 0.1, basis=basis, rounding_seed=7)
     for a, b in zip(there, here, strict=True):
         assert_same_bits(a.cpu(), b)
+    place: dict[str, Any] = {"basis": basis, "offset": 3 * 512 + 77, "numel": 12345}
+    ferret_ext.reconstruct_(here[0], row, SEED, alpha=-0.3, rounding_seed=-1, **place)
+    ferret_ext.reconstruct_(there[0], row.cuda(), SEED, alpha=-0.3, rounding_seed=-1, **place)
+    assert_same_bits(there[0].cpu(), here[0])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 def test_cuda_works_on_a_device_that_is_not_the_current_one(basis: str) -> None:
     delta, gamma = normal(9000), normal(70, 1)
     with torch.cuda.device(0):
@@ -189,6 +218,29 @@ def test_cuda_works_on_a_device_that_is_not_the_current_one(basis: str) -> None:
     assert got.device.index == rebuilt.device.index == 1
     assert_same_bits(got.cpu(), ferret_ext.project(delta, SEED, 70, basis=basis))
     assert_same_bits(rebuilt.cpu(), ferret_ext.reconstruct(gamma, SEED, 9000, basis=basis))
+
+
+@two_gpus
+@pytest.mark.parametrize("on_host", [False, True])
+def test_cuda_plan_operators_work_on_a_device_that_is_not_the_current_one(
+    on_host: bool, basis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_host, "RUN_BYTES", 5000)  # several runs
+    old, new = model(100, (torch.float32,)), model(200, (torch.float32,))
+    plan = plan_of([part.numel() for part in new], 300)
+    there = [part.to("cuda:1") for part in new]
+    before = [part.pin_memory() if on_host else part.to("cuda:1") for part in old]
+    gammas = ferret_ext.project_difference(plan, old, new, SEED, basis=basis)
+    with torch.cuda.device(0):
+        got = ferret_ext.project_difference(plan, before, there, SEED, basis=basis)
+        ferret_ext.apply_(plan, there, [(SEED, got, 0.5)], 0.1, basis=basis)
+        ferret_ext.reconstruct_(there[0], got, SEED, basis=basis)
+    assert got.device.index == 1
+    assert_same_bits(got.cpu(), gammas)
+    ferret_ext.apply_(plan, new, [(SEED, gammas, 0.5)], 0.1, basis=basis)
+    ferret_ext.reconstruct_(new[0], gammas, SEED, basis=basis)
+    for a, b in zip(there, new, strict=True):
+        assert_same_bits(a.cpu(), b)
 
 
 @pytest.mark.parametrize("packing", [Packing(1), Packing(4), Packing(8), Packing(1, 8)], ids=str)
