@@ -4,7 +4,7 @@
 // for 32 columns at a time its lanes make the words, one Philox call each, and share them through shared memory; a lane
 // sums its own four elements over all columns and updates, and reads and writes their parameters once. Warps never wait
 // for each other. Groups of 64 columns are summed exactly in int64; groups and updates are folded in the contract's order.
-// Blocks with more columns may go to the matrix units instead (path.h, matrix_apply.cuh).
+// Rademacher bases in float32 go to the matrix units instead (path.h, matrix_apply.cuh).
 #include "lanes.cuh"
 #include "matrix_apply.cuh"
 #include "path.h"
